@@ -172,9 +172,9 @@ def model_config(model: str | dict) -> dict:
 def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool | None]:
     """The image tower's weights, by open_clip's tag or from a file, and whether they need QuickGELU.
 
-    A file may be OpenAI's own TorchScript archive, a state dict (bare, under "state_dict", with "module." before
-    each name) or safetensors; a pickle with more than tensors in it is refused. Under torch.device("meta")
-    nothing is downloaded or read, and the weights are empty.
+    A file may be OpenAI's own TorchScript archive, a state dict (bare, under "state_dict", with "module."
+    before each name) or safetensors; a pickle with more than tensors in it is refused. Under
+    torch.device("meta") nothing is downloaded or read, and the weights are empty.
 
     Returns:
         Weights by the tower's parameter names, and QuickGELU or not: what open_clip knows of the tag, True
@@ -297,8 +297,8 @@ def build_model(
         for key in wanted | found:
             if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"--pretrained {pretrained} does not fit {name}: {key} is {found.get(key, 'absent')} there "
-                    f"and {wanted.get(key, 'absent')} in the model; give the --model that it was made for"
+                    f"--pretrained {pretrained} does not fit {name}: {key} is {found.get(key, 'none')} there "
+                    f"and {wanted.get(key, 'none')} in the model; give the --model that it was made for"
                 )
         trunk.load_state_dict(weights)
 
@@ -421,14 +421,15 @@ class EMA:
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
 
-    torchvision decodes JPEG, PNG, GIF and WebP, twice as fast as Pillow, which reads whatever else there is.
+    torchvision decodes JPEG, PNG, GIF and WebP, twice as fast as Pillow, which reads whatever else there is (and
+    everything, once torchvision has dropped its decoders, as 0.29 announces).
 
     Raises:
         ValueError: not a whole image.
     """
     try:
         image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         try:
             with Image.open(path) as file:
                 image = v2.functional.pil_to_tensor(file.convert("RGB"))
@@ -715,8 +716,8 @@ def draw_demo(root: Path) -> None:
                 colours = [
                     [rng.randrange(low, low + 100) for _ in range(3)] for low in rng.sample((0, 156), 2)
                 ]
-                image = torch.tensor(colours, dtype=torch.uint8)[ink.long()].permute(2, 0, 1)  # (3, 32, 32)
-                torchvision.io.write_png(image, str(part / split / name / f"{i:04d}.png"))
+                image = torch.tensor(colours, dtype=torch.uint8)[ink.long()]  # (32, 32, 3)
+                Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
     part.rename(root)
 
 
@@ -1021,9 +1022,10 @@ def _split_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
         micro = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
     unit = world * (micro if args.literal_micro_batch_size else 1)
     if args.batch_size % unit:
-        below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
+        size = args.batch_size
+        below, above = size // unit * unit, (size // unit + 1) * unit
         raise ValueError(
-            f"--batch-size {args.batch_size} is not a multiple of {world} device(s) x {unit // world} image(s); "
+            f"--batch-size {size} is not a multiple of {world} device(s) x {unit // world} image(s): "
             f"try {f'{below} or ' if below else ''}{above}, or another --micro-batch-size"
         )
     return micro, share // micro
@@ -1065,7 +1067,7 @@ def _describe(args: argparse.Namespace, model: CLIPClassifier, num_images: int) 
         "images": f"{num_images:,}, in {args.steps_per_epoch:,} steps per epoch",
         "steps": f"{args.total_steps:,} in {args.epochs} epoch(s), {args.warmup_steps:,} of them warm-up",
         "global batch": "; ".join(args.chain),
-        "learning rate": f"{args.lr:.6g} to {args.min_lr:.6g} at the head (the recipe's {recipe['lr']:g} is for "
+        "learning rate": f"{args.lr:.6g} to {args.min_lr:.6g} at the head (recipe: {recipe['lr']:g} at "
         f"batch {recipe['batch_size']}), times {args.layer_decay:g} for each layer below",
         "EMA decay": f"{args.ema_decay:.6g}",
     }
@@ -1288,7 +1290,8 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
         kept = f", in {last.with_name('best.pt')}" if name == chosen else ""
         top1, end = best[f"{name}_top1"], scored[-1][f"{name}_top1"]
         say(
-            f"{name} top-1: best {top1:.2f} % (epoch {best['epoch']}, chosen on val itself{kept}), last {end:.2f} %"
+            f"{name} top-1: best {top1:.2f} % (epoch {best['epoch']}, chosen on val itself{kept}), "
+            f"last {end:.2f} %"
         )
 
 

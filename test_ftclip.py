@@ -1,0 +1,797 @@
+"""What ftclip promises, each promise against a reference: timm, PyTorch, a closed form, or published figures.
+
+python -m pytest test_ftclip.py
+"""
+
+import ast
+import copy
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import ftclip
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = str(HERE / "ftclip.py")
+TINY = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3},
+}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth, colourful picture with some texture, unlike noise."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray((smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """3 classes, 48 training and 13 validation images of odd sizes."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 48), ("val", 13)):
+        for i in range(count):
+            path = root / split / ("ant", "bee", "wasp")[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo(40 + i % 7, 36 + i % 5, seed=1000 * count + i).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def flags(tiny, data, output, *more) -> list[str]:
+    """A run of 3 epochs of 3 steps, with everything random switched on."""
+    base = f"--model {tiny} --pretrained none --data {data} --output {output} --epochs 3 --warmup-epochs 1"
+    base += " --batch-size 16 --micro-batch-size 4 --lr 1e-3 --workers 0 --device cpu --drop-path 0.2"
+    return shlex.split(base + " --mixup 0.5 --cutmix 0.5") + list(map(str, more))
+
+
+def run(
+    *argv, processes: int = 0, env: dict | None = None, timeout: int = 120
+) -> subprocess.CompletedProcess:
+    """The script as a user starts it."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    command = [*start, SCRIPT, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout, check=False)
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, whatever the nesting."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def outcome(output) -> dict:
+    """All that a run leaves behind, to be compared with another's."""
+    state, best = (ftclip.load_checkpoint(Path(output) / name) for name in ("last.pt", "best.pt"))
+    lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
+    return {"last": state, "best": best, "metrics": lines[1:]}
+
+
+def far(output, other) -> float:
+    """The largest difference between two runs' last weights, EMA included."""
+    one, two = (ftclip.load_checkpoint(Path(path) / "last.pt") for path in (output, other))
+    return max((one[k][n] - two[k][n]).abs().max().item() for k in ("model", "ema") for n in one[k])
+
+
+# ------------------------------------------------------------------------------------------------------ recipes
+
+# Printed by the four logs that are published with github.com/LightDXY/FT-CLIP: trainable parameters, steps per
+# epoch, warm-up steps, and for some epochs (from 0) the mean lr of the head and of the embeddings.
+PUBLISHED = {
+    ("ViT-B-16", 224): (85_978_600, 625, 6250, [
+        (0, 2.99567930868939e-05, 3.912565082085452e-08),
+        (9, 0.000570043206913106, 7.445159901391449e-07),
+        (10, 0.0005996929220710539, 7.832405758730968e-07),
+        (25, 0.00040415306767059887, 5.27851955247343e-07),
+        (49, 1.3085551426214094e-06, 1.7090638320841446e-09),
+    ]),
+    ("ViT-B-16", 384): (86_860_264, 625, 6250, [
+        (0, 3.494959193470958e-05, 4.564659262433039e-08),
+        (9, 0.0006650504080652901, 8.686019884956696e-07),
+        (16, 0.0006553697120600687, 8.559583276570587e-07),
+        (32, 0.00028235498817483386, 3.687752104442794e-07),
+    ]),
+    ("ViT-L-14", 224): (303_602_664, 625, 3125, [
+        (0, 3.994878361075545e-05, 8.401125572701762e-10),
+        (4, 0.0003600512163892446, 7.571783689242742e-09),
+        (5, 0.0003994766092864718, 8.400889475566443e-09),
+        (29, 1.525907700868909e-06, 3.2089443153660855e-11),
+    ]),
+    ("ViT-L-14", 336): (304_532_456, 667, 3335, [
+        (0, 5.992801439712062e-05, 1.2602705984202765e-09),
+        (5, 0.0005992141392068403, 1.2601317921128706e-08),
+        (15, 0.000374960931818298, 7.885331137378312e-09),
+        (29, 1.7894014932455233e-06, 3.763064926134158e-11),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "size"), PUBLISHED)
+def test_dry_run_prints_the_published_runs(model, size, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ftclip.main(["--model", model, "--image-size", str(size), "--dry-run"])
+    text = capsys.readouterr().out
+    parameters, steps, warmup, _ = PUBLISHED[model, size]
+    recipe = ftclip.RECIPES[model, size]
+    batch, micro = recipe["batch_size"], recipe["micro_batch_size"]
+    assert f"{parameters:,} of" in text and "QuickGELU" in text
+    assert f"1,281,167, in {steps} steps per epoch" in text
+    assert f"{steps * recipe['epochs']:,} in {recipe['epochs']} epoch(s), {warmup:,} of them warm-up" in text
+    assert f"{batch} = 1 device(s) x {micro} images x {batch // micro} accumulation(s)" in text
+    assert f"{batch} = 8 device(s) x {micro} images x {batch // micro // 8} accumulation(s)" in text
+    assert "EMA decay       0.9998\n" in text
+    layers = {"ViT-B-16": 12, "ViT-L-14": 24}[model]
+    printed = [float(lr) for lr in re.findall(r"layer \d+ +lr (\S+)", text)]
+    scales = [recipe["layer_decay"] ** (layers + 1 - i) for i in range(layers + 2)]
+    assert printed == pytest.approx([recipe["lr"] * scale for scale in scales], rel=1e-4)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_schedule_gives_the_mean_lr_of_the_published_epochs(key):
+    _, steps, warmup, epochs = PUBLISHED[key]
+    recipe = ftclip.RECIPES[key]
+    embeddings = recipe["layer_decay"] ** {"ViT-B-16": 13, "ViT-L-14": 25}[key[0]]
+    for epoch, head_lr, embeddings_lr in epochs:
+        at = (recipe["epochs"] * steps, warmup, recipe["lr"], recipe["min_lr"])
+        mean = sum(ftclip.lr_at(step, *at) for step in range(epoch * steps, (epoch + 1) * steps)) / steps
+        assert mean == pytest.approx(head_lr, rel=1e-13)
+        assert mean * embeddings == pytest.approx(embeddings_lr, rel=1e-13)
+
+
+def test_lr_scales_with_the_batch_size_unless_given_by_hand():
+    assert ftclip.parse_args(["--batch-size", "512"]).lr == pytest.approx(6e-4 / 4)
+    assert ftclip.parse_args(["--batch-size", "512", "--lr", "6e-4"]).lr == 6e-4
+    assert ftclip.parse_args(["--epochs", "25"]).warmup_epochs == 5
+
+
+# -------------------------------------------------------------------------------------------------------- model
+
+
+def reference_logits(model: ftclip.CLIPClassifier, images: torch.Tensor, heads: int) -> torch.Tensor:
+    """The whole forward pass in float64 tensor algebra, from the weights alone."""
+    w = {name: value.double() for name, value in model.state_dict().items()}
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    kernel = w["trunk.conv1.weight"]
+    width, _, patch, _ = kernel.shape
+    patches = images.double().unfold(2, patch, patch).unfold(3, patch, patch)  # (N, 3, g, g, p, p)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (N, g*g, 3*p*p)
+    x = patches @ kernel.flatten(1).T
+    x = torch.cat([w["trunk.class_embedding"].expand(len(x), 1, -1), x], 1) + w["trunk.positional_embedding"]
+    x = norm(x, "trunk.ln_pre")
+    for i in range(len(model.trunk.transformer.resblocks)):
+        name = f"trunk.transformer.resblocks.{i}"
+        qkv = norm(x, f"{name}.ln_1") @ w[f"{name}.attn.in_proj_weight"].T + w[f"{name}.attn.in_proj_bias"]
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        attention = (q @ k.transpose(-1, -2) / math.sqrt(width / heads)).softmax(-1) @ v
+        attention = attention.transpose(1, 2).flatten(2)
+        x = x + attention @ w[f"{name}.attn.out_proj.weight"].T + w[f"{name}.attn.out_proj.bias"]
+        h = norm(x, f"{name}.ln_2") @ w[f"{name}.mlp.c_fc.weight"].T + w[f"{name}.mlp.c_fc.bias"]
+        h = h / (1 + (-1.702 * h).exp())  # QuickGELU
+        x = x + h @ w[f"{name}.mlp.c_proj.weight"].T + w[f"{name}.mlp.c_proj.bias"]
+    return norm(x[:, 1:], "norm").mean(1) @ w["head.weight"].T + w["head.bias"]
+
+
+def random_model(**how) -> ftclip.CLIPClassifier:
+    """A tiny model in which no parameter is zero, one or negligible, so that each has a part in the output."""
+    model = ftclip.build_model(TINY, 5, quick_gelu=True, **how)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_forward_pass_equals_plain_tensor_algebra(mode):
+    torch.manual_seed(0)
+    model = getattr(random_model(), mode)()
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(
+        model(images).double(), reference_logits(model, images, 2), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_class_token_reaches_the_output_only_through_attention():
+    torch.manual_seed(0)
+    model = random_model().eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = model(images)
+    assert not torch.allclose(changed_class_token(model)(images), before)
+    for block in model.trunk.transformer.resblocks:
+        nn.init.zeros_(block.attn.out_proj.weight)  # no token sees another one any more
+    assert torch.equal(changed_class_token(model)(images), model(images))
+
+
+def changed_class_token(model):
+    changed = copy.deepcopy(model)
+    nn.init.normal_(changed.trunk.class_embedding)
+    return changed
+
+
+def test_head_starts_near_zero():
+    model = ftclip.build_model(TINY, 1000)
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert model.head.bias.abs().max() <= 1e-3 / math.sqrt(64)
+    assert model.norm.eps == 1e-5
+
+
+@pytest.fixture(scope="session")
+def clip_weights() -> dict:
+    """A whole tiny CLIP's state dict, as OpenAI and open_clip name it: image tower, text tower, logit scale."""
+    import open_clip
+
+    torch.manual_seed(1)
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
+    return open_clip.CLIP(**TINY, text_cfg=text, quick_gelu=True).state_dict()
+
+
+class Archive(nn.Module):
+    """What torch.jit.save needs to write weights under OpenAI's names, in half precision as OpenAI did."""
+
+    def __init__(self, weights: dict):
+        super().__init__()
+        for name, value in weights.items():
+            *path, leaf = name.split(".")
+            module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_buffer(leaf, value.half())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_every_form_of_weights_file_gives_the_same_features(clip_weights, tmp_path):
+    import safetensors.torch
+
+    half = {name: value.half() for name, value in clip_weights.items()}
+    torch.save(half, tmp_path / "plain.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in half.items()}, "epoch": 3}, tmp_path / "ddp.pt")
+    torch.save({k[7:]: v for k, v in half.items() if k.startswith("visual.")}, tmp_path / "tower.pt")
+    safetensors.torch.save_file({k: v.contiguous() for k, v in half.items()}, tmp_path / "file.safetensors")
+    torch.jit.save(torch.jit.script(Archive(clip_weights)), tmp_path / "openai.pt")
+    images, outputs = torch.randn(2, 3, 32, 32), {}
+    for path in sorted(tmp_path.iterdir()):
+        quick_gelu = None if path.name == "openai.pt" else True  # OpenAI's archive says it by itself
+        model = ftclip.build_model(TINY, 5, pretrained=str(path), quick_gelu=quick_gelu).eval()
+        assert model.config["quick_gelu"] and next(model.parameters()).dtype == torch.float32
+        outputs[path.name] = model.trunk(images)
+    assert len(outputs) == 5
+    assert all(torch.equal(output, outputs["plain.pt"]) for output in outputs.values())
+
+
+def test_openai_tag_goes_through_the_hub_cache_with_quickgelu(tmp_path, monkeypatch):
+    import open_clip
+    import safetensors.torch
+
+    text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    config = open_clip.get_model_config("ViT-B-32") | {"text_cfg": text}
+    weights = {
+        k: v.half() for k, v in open_clip.CLIP(**config).state_dict().items() if k.startswith("visual.")
+    }
+    cache = tmp_path / "models--timm--vit_base_patch32_clip_224.openai"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    (cache / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    safetensors.torch.save_file(weights, cache / "snapshots" / ("0" * 40) / "open_clip_model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    model = ftclip.build_model("ViT-B-32", 3, pretrained="openai")
+    assert isinstance(model.trunk.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert torch.equal(model.trunk.conv1.weight, weights["visual.conv1.weight"].float())
+    assert not any("text" in name or "token_embedding" in name for name, _ in model.named_parameters())
+
+
+def test_positions_are_resized_bicubic_without_antialias(clip_weights, tmp_path):
+    torch.save(clip_weights, tmp_path / "clip.pt")
+    old = clip_weights["visual.positional_embedding"]  # (17, 64)
+    for size, grid in ((48, 6), (24, 3)):  # antialias would differ in both directions
+        model = ftclip.build_model(TINY, 5, pretrained=str(tmp_path / "clip.pt"), image_size=size)
+        new = model.trunk.positional_embedding
+        square = old[1:].reshape(4, 4, 64).permute(2, 0, 1)[None]
+        square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False, antialias=False)
+        torch.testing.assert_close(new[1:].reshape(grid, grid, 64), square[0].permute(1, 2, 0))
+        assert torch.equal(new[0], old[0])
+        assert model(torch.zeros(1, 3, size, size)).shape == (1, 5)
+
+
+def test_partial_fine_tuning_trains_the_last_blocks_norm_and_head():
+    head = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+
+    def trained(**how):
+        model = ftclip.build_model(TINY, 5, **how)
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert trained(train_blocks=0) == head
+    one = trained(train_blocks=1)
+    assert len(one) == 4 + 12 and all(
+        name.startswith("trunk.transformer.resblocks.2.") for name in one - head
+    )
+    everything = trained()
+    assert trained(train_blocks=3) == everything
+    assert everything - trained(freeze_patch_embed=True) == {"trunk.conv1.weight"}
+
+
+def test_drop_path_drops_each_branch_of_a_sample_at_its_blocks_rate():
+    torch.manual_seed(0)
+    model = random_model(drop_path=0.5).train()  # rates 0, 0.25, 0.5 in the three blocks
+    for block, rate in zip(model.trunk.transformer.resblocks, (0, 0.25, 0.5)):
+        for branch in (block.ls_1, block.ls_2):
+            out = branch(torch.ones(20_000, 1, 1))
+            kept = out != 0
+            assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.02)
+            assert torch.allclose(out[kept], torch.tensor(1 / (1 - rate)))
+    assert model.state_dict().keys() == random_model().state_dict().keys()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), model(images))
+
+
+# ------------------------------------------------------------------------------------------------- optimization
+
+
+@pytest.mark.parametrize(("name", "decay", "blocks"), [("ViT-B-16", 0.6, 12), ("ViT-L-14", 0.65, 24)])
+def test_every_parameter_is_in_one_group_with_its_scale_and_decay(name, decay, blocks):
+    with torch.device("meta"):
+        model = ftclip.build_model(name, 1000, freeze_patch_embed=True)
+    groups = ftclip.param_groups(model, ftclip.layer_id, blocks, 1.0, decay, 0.05)
+    place = {n: group for group in groups for n in group["names"]}
+    assert sum(len(group["names"]) for group in groups) == len(place)
+    assert place.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert "trunk.conv1.weight" not in place
+    for n, parameter in model.named_parameters():
+        if n in place:
+            block = re.search(r"resblocks\.(\d+)\.", n)
+            depth = int(block[1]) + 1 if block else 0 if n.startswith("trunk.") else blocks + 1
+            assert place[n]["lr_scale"] == place[n]["lr"] == decay ** (blocks + 1 - depth)
+            exempt = parameter.ndim == 1 or n.endswith(("class_embedding", "positional_embedding", "bias"))
+            assert place[n]["weight_decay"] == (0.0 if exempt else 0.05)
+
+
+def test_a_step_of_adamw_moves_each_group_by_its_own_lr():
+    model = random_model()
+    groups = ftclip.param_groups(model, ftclip.layer_id, 3, 1e-3, 0.5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # Adam's first step is then lr in each coordinate
+    optimizer.step()
+    for n, parameter in model.named_parameters():
+        moved = (before[n] - parameter.detach()).abs().mean().item()
+        assert moved == pytest.approx(1e-3 * 0.5 ** (4 - ftclip.layer_id(n, 3)), rel=1e-3)
+
+
+def test_ema_equals_its_closed_form():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    ema, decay = ftclip.EMA(model, 0.9), 0.9
+    history = [model.weight.detach().clone().double()]
+    for _ in range(40):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        ema.update(model)
+        history.append(model.weight.detach().clone().double())
+    closed = decay**40 * history[0]
+    closed += sum((1 - decay) * decay ** (40 - i) * history[i] for i in range(1, 41))
+    torch.testing.assert_close(ema.module.weight.double(), closed, rtol=1e-5, atol=1e-5)
+    assert not ema.module.weight.requires_grad and not ema.module.training
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def test_read_image_makes_rgb_of_every_kind_as_pillow_does(tmp_path):
+    picture = photo(50, 41)
+    picture.save(tmp_path / "plain.jpg", quality=90)
+    for mode, name in (
+        ("L", "l.jpg"),
+        ("CMYK", "cmyk.jpg"),
+        ("P", "p.png"),
+        ("RGBA", "rgba.png"),
+        ("LA", "la.png"),
+    ):
+        picture.convert(mode).save(tmp_path / name)
+    for name in ("a.bmp", "a.tif", "a.webp", "a.ppm"):
+        picture.save(tmp_path / name)
+    picture.convert("1").save(tmp_path / "one.png")
+    picture.resize((1, 1)).save(tmp_path / "pixel.png")
+    picture.save(tmp_path / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
+    for path in tmp_path.iterdir():
+        with Image.open(path) as file:
+            expected = np.asarray(file.convert("RGB"))
+        image = ftclip.read_image(path)
+        assert image.dtype == torch.uint8, path
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1, path
+    deep = np.arange(41 * 50, dtype=np.uint16).reshape(41, 50) * 31
+    Image.fromarray(deep).save(tmp_path / "deep.png")  # 16 bits, of which the upper eight stay
+    assert np.array_equal(ftclip.read_image(tmp_path / "deep.png")[0].numpy(), deep >> 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+def test_a_broken_image_is_named(content, tmp_path):
+    photo(64, 64).save(tmp_path / "x.jpg")
+    whole = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(ValueError, match="x.jpg"):
+        ftclip.read_image(tmp_path / "x.jpg")
+
+
+def keys_of(world, micro, start=0, stop=6):
+    """All keys of a run in the order of steps, put together from its processes."""
+    ranks = [list(ftclip.MicroBatches(23, 8, micro, start, stop, 0, rank, world)) for rank in range(world)]
+    per_step = 8 // (micro * world)
+    steps = range(stop - start)
+    return [
+        key for i in steps for rank in ranks for b in rank[i * per_step : (i + 1) * per_step] for key in b
+    ]
+
+
+def test_sample_order_is_the_same_in_every_layout_and_from_every_restart():
+    reference = keys_of(1, 8)
+    assert len(reference) == 48 and [epoch for epoch, _ in reference] == [0] * 16 + [1] * 16 + [2] * 16
+    first, second = ([index for epoch, index in reference if epoch == e] for e in (0, 1))
+    assert len(set(first)) == 16 and set(first) <= set(range(23)) and first != second
+    for world, micro in ((1, 2), (2, 2), (2, 4), (4, 1)):
+        assert keys_of(world, micro) == reference
+    assert keys_of(2, 2, start=3) == reference[24:]
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
+    def sample(key, seed=0):
+        random.seed(random.SystemRandom().random())  # whatever the state of the process
+        crop = lambda image, rng: ftclip.train_transform(image, rng, 32, 0.3, ftclip.RandAugment())
+        return ftclip.FolderDataset(
+            str(data / "train"), ftclip.read_image, crop, ftclip.RandomErasing(), seed
+        )[key]
+
+    assert same(sample((2, 7)), sample((2, 7)))
+    assert not same(sample((2, 7))[0], sample((3, 7))[0])
+    assert not same(sample((2, 7))[0], sample((2, 7), seed=1)[0])
+
+
+# ------------------------------------------------------------------------------------------------------- engine
+
+
+def test_evaluate_counts_every_image_once():
+    torch.manual_seed(0)
+    images, labels = torch.randn(37, 3, 4, 4), torch.randint(0, 8, (37,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
+    result = ftclip.evaluate({"a": model}, zip(images.split(10), labels.split(10)))
+    ranks = (model(images).argsort(1, descending=True) == labels[:, None]).int().argmax(1)
+    assert result["images"] == 37 and result["a_correct"] == (ranks == 0).sum()
+    assert result["a_top1"] == pytest.approx(100 * (ranks == 0).float().mean().item())
+    assert result["a_top5"] == pytest.approx(100 * (ranks < 5).float().mean().item())
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    torch.manual_seed(0)
+    images, labels = torch.randn(12, 3, 32, 32), torch.randint(0, 5, (12,))
+    one = random_model()
+    four = copy.deepcopy(one)
+    losses = []
+    for model, parts in ((one, 1), (four, 4)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = zip(images.chunk(parts), labels.chunk(parts))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses.append(ftclip.train_step(model, batches, parts, optimizer, scaler, clip_grad=1.0).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for a, b in zip(one.parameters(), four.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "last.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"format": "ftclip 1", "x": Hostile()}, tmp_path / "best.pt")
+    for name in ("last.pt", "best.pt"):
+        with pytest.raises(ValueError, match=name):
+            ftclip.load_checkpoint(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            ftclip.load_weights("ViT-B-16", str(tmp_path / name))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "step": 1})
+    with pytest.raises(AttributeError):  # halfway through the write
+        ftclip.save_checkpoint(
+            tmp_path / "last.pt", {"format": "ftclip 1", "a": torch.zeros(9), "b": lambda: 0}
+        )
+    assert ftclip.load_checkpoint(tmp_path / "last.pt")["step"] == 1
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="session")
+def reference(tiny, data, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    ftclip.main(flags(tiny, data, output))
+    return output
+
+
+def test_a_run_leaves_what_readme_says(reference, data):
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["config"]["lr"] == 1e-3 and [line["epoch"] for line in lines[1:]] == [1, 2, 3]
+    assert all(
+        {"train_loss", "raw_top1", "raw_top5", "ema_top1", "ema_top5"} <= line.keys() for line in lines[1:]
+    )
+    assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
+    model, classes, transform = ftclip.load_classifier(reference / "best.pt")
+    assert classes == ["ant", "bee", "wasp"] and not model.training
+    path = next((data / "val" / "bee").iterdir())
+    with Image.open(path) as file:
+        from_pillow = transform(file)
+    image = transform(ftclip.read_image(path))
+    assert torch.equal(image, from_pillow) and image.shape == (3, 32, 32)
+    assert model(image[None]).shape == (1, 3)
+    best = max(line["ema_top1"] for line in lines[1:])
+    assert ftclip.load_checkpoint(reference / "best.pt")["record"]["ema_top1"] == best
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_run_goes_on_from_last_pt_bit_for_bit(stop, reference, tiny, data, tmp_path, monkeypatch):
+    step, seen = ftclip.train_step, []
+
+    def stopping(*args):
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return step(*args)
+
+    argv = flags(tiny, data, tmp_path / "run", "--save-every", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ftclip, "train_step", stopping)
+        ftclip.main(argv)
+    ftclip.main([*argv, "--workers", "2"])
+    assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+def test_two_processes_train_as_one_and_evaluate_every_image(reference, tiny, data, tmp_path):
+    done = run(*flags(tiny, data, tmp_path / "two", "--workers", 2), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert far(tmp_path / "two", reference) < 1e-5
+    scores = []
+    for processes in (0, 2):
+        done = run(
+            "--eval", "--checkpoint", tmp_path / "two" / "best.pt", "--data", data, processes=processes
+        )
+        scores.append(re.search(r"\d+ of 13 right.*", done.stdout)[0])
+    assert scores[0] == scores[1]
+
+
+def test_layouts_agree(tiny, data, tmp_path):
+    """Without MixUp and drop path, which are drawn per micro-batch, its size makes no difference either."""
+    for name, more in {"whole": "--micro-batch-size 16", "cut": "--micro-batch-size 2 --workers 2"}.items():
+        off = shlex.split(f"{more} --mixup 0 --cutmix 0 --drop-path 0 --random-erasing 0")
+        ftclip.main(flags(tiny, data, tmp_path / name, *off))
+    assert far(tmp_path / "whole", tmp_path / "cut") < 1e-5
+
+
+def test_bf16_training_follows_float32(tiny, data, tmp_path):
+    for amp in ("none", "bf16"):
+        ftclip.main(flags(tiny, data, tmp_path / amp, "--amp", amp))
+    losses = [[line["train_loss"] for line in outcome(tmp_path / amp)["metrics"]] for amp in ("none", "bf16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_demo_learns_from_the_command_line(tmp_path):
+    done = run("--demo", "--epochs", 3, "--output", tmp_path / "demo", env={"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "demo")["metrics"][-1]["raw_top1"] > 50  # of six classes
+
+
+# ------------------------------------------------------------------------------------------------------- walls
+
+
+def broken(root: Path, kind: str) -> Path:
+    """A copy of the data with one thing wrong."""
+    target = root.with_name(kind)
+    if target.exists():
+        return target
+    shutil.copytree(root, target)
+    if kind == "flat":
+        shutil.rmtree(target / "val")
+        (target / "val").mkdir()
+        photo(9, 9).save(target / "val" / "0.png")
+    elif kind == "differ":
+        (target / "val" / "wasp").rename(target / "val" / "moth")
+    elif kind == "empty":
+        (target / "train" / "cat").mkdir()
+    elif kind == "unreadable":
+        for path in (target / "train" / "ant").iterdir():
+            path.write_text("no image")
+    return target
+
+
+WALLS = {  # what is wrong → what the sentence must name
+    "--data {data}/nowhere": "nowhere/train",
+    "--data flat": "no class folders in .*flat/val",
+    "--data differ": r"train has 1 class\(es\) \(wasp\)",
+    "--data empty": r"no images in 1 .*train \(cat\)",
+    "--data unreadable": r"cannot read image .*ant.*\.png",
+    "--batch-size 49": "49 is more than the 48",
+    "--batch-size 18": "18 is not a multiple of 1 device.* x 4 .* 16 or 20",
+    "--model ViT-B-61": "near it: ViT-B-16",
+    "--model RN50": "RN50 is not a plain ViT",
+    "--model vit_medium_patch16_gap_256": "not a plain ViT",
+    "--model ViT-B-16 --pretrained opnai": "tags: openai, laion400m_e31",
+    "--image-size 33": "33 is not a multiple of .* 8 pixels: try 32 or 40",
+    "--pretrained {weights}": "does not fit .*: class_embedding is none there .*give the --model",
+    "--pretrained {data}/junk": "cannot load --pretrained",
+    "--train-blocks 4": "give 3 at most",
+    "--amp fp16": "needs a GPU",
+    "--output {reference}": r"of another run \(.*random_erasing .* → 0.1",
+    "--output {best}": "no last.pt",
+    "--eval": "--checkpoint",
+    "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt has 1 class\(es\) \(wasp\)",
+    "--eval --checkpoint {weights}": "not a checkpoint",
+    "--eval --checkpoint nothing.pt": "cannot read checkpoint nothing.pt",
+    "--min-lr 1": "above --lr",
+    "--warmup-epochs 3": "leaves nothing",
+    "--epochs 0": "--epochs: 0 is not in",
+    "--lr nan": "--lr: nan is not in",
+    "--crop-scale 0": "--crop-scale: 0 is not in",
+    "--drop-path 1": "--drop-path: 1 is not in",
+    "--nonsense": "unrecognized arguments: --nonsense",
+}
+
+
+@pytest.mark.parametrize("wrong", WALLS)
+def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatch, capsys):
+    torch.save({"positional_embedding": torch.zeros(17, 8)}, tmp_path / "weights.pt")
+    (tmp_path / "best").mkdir()
+    shutil.copy(reference / "best.pt", tmp_path / "best")
+    (data.parent / "junk").write_text("junk")
+    names = {"data": data.parent, "reference": reference, "weights": tmp_path / "weights.pt"}
+    text = wrong.format(**names, best=tmp_path / "best", differ=broken(data, "differ"))
+    kinds = [kind for kind in ("flat", "differ", "empty", "unreadable") if text == f"--data {kind}"]
+    more = ["--data", str(broken(data, kinds[0]))] if kinds else shlex.split(text)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["ftclip.py", *flags(tiny, data, "out", "--random-erasing", "0.1", *more)]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        ftclip._run()
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("ftclip: ") and error.count("\n") == 1
+    assert re.search(WALLS[wrong], error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_walls_from_the_command_line_and_from_a_worker(tiny, data, tmp_path):
+    done = run(*flags(tiny, broken(data, "unreadable"), tmp_path / "out", "--workers", 2))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.fullmatch(r"ftclip: cannot read image .*ant.*\n", done.stderr)
+    done = run(*flags(tiny, data, tmp_path / "out", "--device", "cuda"))
+    if not torch.cuda.is_available():
+        assert done.returncode == 2 and "--device cuda: process 0 has none of 0 GPUs" in done.stderr
+    done = run("--data", tmp_path / "nowhere", processes=2)
+    assert done.stderr.count("ftclip: no folder") == 1  # once, not once a process
+
+
+# ------------------------------------------------------------------------------------------------- for copying
+
+
+def cut_out(*names: str) -> dict:
+    """These definitions, alone in a namespace that holds nothing but the file's imports."""
+    tree = ast.parse(Path(SCRIPT).read_text())
+    kept = [
+        n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) or getattr(n, "name", "") in names
+    ]
+    space: dict = {}
+    exec(compile(ast.Module(kept, []), "pasted.py", "exec"), space)  # noqa: S102
+    return space
+
+
+def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data, tmp_path):
+    picture = next((data / "val" / "bee").iterdir())
+    image, rng = ftclip.read_image(picture), random.Random(0)
+    built = (
+        "build_model",
+        "CLIPClassifier",
+        "model_config",
+        "load_weights",
+    )  # as build_model's docstring says
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def trained(step):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return step(model, [(torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))], 1, optimizer, scaler)
+
+    class FixedBox:
+        def sample(self, *_):
+            return 0, 0, 1, 1
+
+    def folder(cls):
+        return cls(str(data / "train"), ftclip.read_image, lambda image, rng: image, FixedBox())[(0, 0)]
+
+    flat = nn.Linear(2, 2)
+    uses = {
+        "CLIPClassifier": lambda f: f(nn.Identity(), 4, 2)(torch.ones(1, 3, 4)),
+        "model_config": lambda f: f("ViT-B-16"),
+        "load_weights": lambda f: pytest.raises(ValueError, f, "ViT-B-16", "no such tag"),
+        "build_model": lambda f: f(TINY, 2, drop_path=0.1).train()(torch.ones(2, 3, 32, 32)),
+        "layer_id": lambda f: f("head.bias", 12),
+        "param_groups": lambda f: f(flat, lambda name, layers: 0, 1, 1e-3, 0.5),
+        "lr_at": lambda f: f(3, 10, 2, 1.0),
+        "EMA": lambda f: f(flat, 0.9).update(flat),
+        "read_image": lambda f: f(picture),
+        "RandAugment": lambda f: [f()(Image.open(picture).convert("RGB"), rng) for _ in range(40)],
+        "RandomErasing": lambda f: f(1.0)(torch.zeros(2, 3, 8, 8)),
+        "train_transform": lambda f: f(image, rng, 16),
+        "eval_transform": lambda f: f(image, 16),
+        "normalize": lambda f: f(image),
+        "FolderDataset": folder,
+        "MicroBatches": lambda f: list(f(8, 4, 2, 0, 3)),
+        "train_step": trained,
+        "evaluate": lambda f: f({"m": flat}, [(torch.ones(2, 2), torch.tensor([0, 1]))]),
+        "save_checkpoint": lambda f: f(tmp_path / "x.pt", {}),
+        "load_checkpoint": lambda f: f(reference / "best.pt"),
+        "load_classifier": lambda f: f(reference / "best.pt")[2](image),
+    }
+    together = {"build_model": built}
+    together["load_classifier"] = (
+        *built,
+        "load_classifier",
+        "load_checkpoint",
+        "eval_transform",
+        "normalize",
+    )
+    tree = ast.parse(Path(SCRIPT).read_text())
+    public = {
+        n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"
+    }
+    assert public - {"parse_args", "main", "draw_demo"} == uses.keys()
+    for name, use in uses.items():
+        use(cut_out(*together.get(name, (name,)))[name])
+
+
+def test_import_is_silent_and_starts_nothing():
+    code = "import sys, ftclip; print([m for m in ('open_clip', 'timm') if m in sys.modules])"
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True)
+    assert done.stdout == "[]\n" and done.stderr == ""
