@@ -29,10 +29,12 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
+import signal
 import sys
 import time
 import traceback
@@ -46,7 +48,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -421,8 +423,8 @@ class EMA:
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
 
-    torchvision decodes JPEG, PNG, GIF and WebP, twice as fast as Pillow, which reads whatever else there is (and
-    everything, once torchvision has dropped its decoders, as 0.29 announces).
+    torchvision decodes JPEG, PNG, GIF and WebP, twice as fast as Pillow, which reads whatever else there is
+    (and everything, once torchvision has dropped its decoders, as 0.29 announces).
 
     Raises:
         ValueError: not a whole image.
@@ -641,6 +643,11 @@ class FolderDataset(torchvision.datasets.ImageFolder):
                 f"no class folders in {root}: {layout} (ImageNet's flat val must be sorted first)"
             )
         super().__init__(root, transform, loader=loader, allow_empty=True)
+        folders: dict[str, str] = {}
+        for folder in {os.path.dirname(path) for path, _ in self.samples}:
+            other = folders.setdefault(os.path.realpath(folder), folder)
+            if other != folder:  # a link, perhaps in a circle, would count images twice or in a wrong class
+                raise ValueError(f"{folder} and {other} are one folder: remove the link that makes them two")
         present = set(self.targets)
         empty = [name for name, label in self.class_to_idx.items() if label not in present]
         if empty:
@@ -810,11 +817,16 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before the name points to it
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot write {path} ({reason}): make room; what it held before is whole") from None
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -824,16 +836,15 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         ValueError: the file is missing, damaged, or no ftclip checkpoint.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"cannot read checkpoint {path} ({reason}): give a whole best.pt or last.pt"
+            f"cannot read checkpoint {path} ({reason}): put a whole one there, or none"
         ) from None
-    if not isinstance(state, dict) or state.get("format") != "ftclip 1":
-        raise ValueError(
-            f"{path} is not a checkpoint that this ftclip wrote: give a best.pt or last.pt of its own"
-        )
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != "ftclip 1":
+        raise ValueError(f"{path} has format {found}, not 'ftclip 1': use the ftclip that wrote it, or none")
     return state
 
 
@@ -1087,11 +1098,26 @@ def _same_classes(ours: list[str], where: str, theirs: list[str], there: str) ->
             )
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _load(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
+    """Iterate a DataLoader whose workers are deaf to SIGTERM and Ctrl-C, which reach all processes of a run at once.
+
+    Their parent still needs them to finish its step; it ends them afterwards.
+    """
+    cuda = args.device.type == "cuda"
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit this
+    try:
+        return iter(DataLoader(images, num_workers=args.workers, pin_memory=cuda, **how))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def _val_batches(args: argparse.Namespace, val: FolderDataset) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the validation images, for evaluate: each image in exactly one process."""
     share = Subset(val, range(args.rank, len(val), args.world))
-    cuda = args.device.type == "cuda"
-    for images, labels in DataLoader(share, args.micro_batch_size, num_workers=args.workers, pin_memory=cuda):
+    for images, labels in _load(args, share, batch_size=args.micro_batch_size):
         yield normalize(images.to(args.device, non_blocking=True)), labels.to(args.device, non_blocking=True)
 
 
@@ -1100,8 +1126,7 @@ def _train_batches(args: argparse.Namespace, train: FolderDataset, start: int, w
     shape = (len(train), args.batch_size, args.micro_batch_size)
     keys = MicroBatches(*shape, start, args.total_steps, args.seed, args.rank, args.world)
     # One loader for the whole run: its workers read ahead into the next epoch while this one is evaluated.
-    cuda = args.device.type == "cuda"
-    batches = iter(DataLoader(train, batch_sampler=keys, num_workers=args.workers, pin_memory=cuda))
+    batches = _load(args, train, batch_sampler=keys)
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(train.classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(train.classes))] if args.cutmix else []
     for step in range(start, args.total_steps):
@@ -1124,40 +1149,55 @@ FREE |= {"save_every", "grad_checkpointing", "micro_batch_size", "literal_micro_
 FREE |= {"chain"}
 
 
-def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -> None:
-    """The run, from its start or from last.pt: steps, and after each epoch a checkpoint and an evaluation."""
-    cuda, last = args.device.type == "cuda", Path(args.output, "last.pt")
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C do nothing in here but to be appended to the list."""
+    asked: list[int] = []
+    old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
-    def say(text: str) -> None:
-        if args.rank == 0:
-            tqdm.write(text)  # above the bar, if there is one
-            sys.stdout.flush()
 
-    # Is there something to go on from, and is it of this very run?
+def _open_output(args: argparse.Namespace, train: FolderDataset) -> tuple[dict, dict | None]:
+    """(what this run computes, what its last.pt holds); a wall if that is of a run that computes otherwise."""
+    last = Path(args.output, "last.pt")
     files = "\n".join(os.path.relpath(path, train.root) for path, _ in train.samples)
     config = {key: value for key, value in vars(args).items() if key not in FREE}
     config["images"] = f"{len(train)} ({hashlib.sha256(files.encode()).hexdigest()[:8]})"
     config = json.loads(json.dumps(config))  # as it comes back from a file
     state = load_checkpoint(last) if last.exists() else None
-    if state:
-        was = state["config"]
-        changes = ", ".join(
-            f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)
-        )
-        if changes:
-            raise ValueError(
-                f"{last} is of another run ({changes}): give its values to go on, or another --output"
-            )
-    elif os.path.exists(last.with_name("best.pt")):
+    if state is None and last.with_name("best.pt").exists():
         raise ValueError(f"{args.output} has a best.pt of another run and no last.pt: give another --output")
-    start = state["step"] if state else 0
+    was = state["config"] if state else config
+    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
+    if changes:
+        changes = ", ".join(changes)
+        raise ValueError(
+            f"{last} is of another run ({changes}): give its values to go on, or another --output"
+        )
     if dist.is_initialized():  # also, nobody may write before everybody has looked
         views: list = [None] * args.world
-        dist.all_gather_object(views, (start, config))
+        dist.all_gather_object(views, (state and state["step"], config))
         if any(view != views[0] for view in views):
-            raise ValueError(
-                f"not all processes see the same --data and {last}: put both on a shared file system"
-            )
+            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
+    return config, state
+
+
+def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, asked: list[int]) -> None:
+    """The run, from its start or from last.pt: steps, and after each epoch a checkpoint and an evaluation.
+
+    It ends early, after a step, which it saves, when `asked` has come to hold a signal in any process.
+    """
+    cuda, last = args.device.type == "cuda", Path(args.output, "last.pt")
+    config, state = _open_output(args, train)
+
+    def say(text: str) -> None:
+        if args.rank == 0:
+            tqdm.write(text)  # above the bar, if there is one
+            sys.stdout.flush()
 
     torch.manual_seed(args.seed)
     fresh = (args.model, len(train.classes), args.pretrained, args.image_size, args.quick_gelu)
@@ -1171,8 +1211,9 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
     ema = EMA(model, args.ema_decay) if args.ema_decay else None
     models = {"raw": model} | ({"ema": ema.module} if ema else {})
     chosen = list(models)[-1]  # of these, the one that best.pt holds
-    history: list[dict] = []  # a record per epoch
-    loss_sum = 0.0  # of this epoch
+    start, history, loss_sum = 0, [], 0.0  # optimizer steps, a record per epoch, losses of this epoch
+    say(_describe(args, model, len(train)))
+    say(f"device          {torch.cuda.get_device_name(args.device) if cuda else 'CPU'}, autocast {args.amp}")
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
@@ -1180,34 +1221,44 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
             scaler.load_state_dict(state["scaler"])
         if ema:
             ema.module.load_state_dict(state["ema"])
-        history, loss_sum = state["history"], state["loss_sum"]
-    share = {
+        start, history, loss_sum = state["step"], state["history"], state["loss_sum"]
+        say(f"going on        from {last}, step {start:,} of {args.total_steps:,}")
+    del state  # twice the memory of model, EMA and optimizer
+    unfinished = len(history) < args.epochs
+    use = {
         "format": "ftclip 1",
         "model_config": model.config,
         "classes": train.classes,
-    }  # of best.pt and last.pt
+    }  # what load_classifier needs
 
     def save(step: int) -> None:
         if args.rank == 0:
             weights = {"model": model.state_dict(), "ema": ema and ema.module.state_dict()}
             progress = {"config": config, "step": step, "history": history, "loss_sum": loss_sum}
             rest = {"optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict()}
-            save_checkpoint(last, share | weights | progress | rest)
+            save_checkpoint(last, use | weights | progress | rest)
+
+    def leave() -> None:
+        name = signal.Signals(asked[0]).name if asked else "a signal to another process"
+        say(f"stopped by {name}: the same command goes on from {last}")
+        sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
+
+    def val_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in _val_batches(args, val):
+            if asked:  # the epoch is saved, its evaluation can wait
+                leave()
+            yield batch
 
     def evaluate_epoch(epoch: int) -> None:
         nonlocal loss_sum
-        record = {
-            "epoch": epoch,
-            "step": epoch * args.steps_per_epoch,
-            "train_loss": loss_sum / args.steps_per_epoch,
-        }
+        record = {"epoch": epoch, "train_loss": loss_sum / args.steps_per_epoch}
         loss_sum, text = 0.0, f"epoch {epoch}/{args.epochs}  train loss {record['train_loss']:.4f}"
         if epoch % args.eval_every == 0 or epoch == args.epochs:
-            record |= evaluate(models, _val_batches(args, val), args.amp_dtype)
+            record |= evaluate(models, val_batches(), args.amp_dtype)
             before = [past[f"{chosen}_top1"] for past in history if "images" in past]
             if args.rank == 0 and all(record[f"{chosen}_top1"] > top1 for top1 in before):
                 best = {"model": models[chosen].state_dict(), "ema": None, "record": record}
-                save_checkpoint(last.with_name("best.pt"), share | best)
+                save_checkpoint(last.with_name("best.pt"), use | best)
             text += "".join(f"  {name} top-1 {record[f'{name}_top1']:.2f} %" for name in models)
         history.append(record)
         say(text)
@@ -1216,10 +1267,6 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
             last.with_name("metrics.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
             os.replace(last.with_name("metrics.part"), last.with_name("metrics.jsonl"))
 
-    say(_describe(args, model, len(train)))
-    say(f"device          {torch.cuda.get_device_name(args.device) if cuda else 'CPU'}, autocast {args.amp}")
-    if state:
-        say(f"going on        from {last}, step {start:,} of {args.total_steps:,}")
     wrapped = torch.compile(model) if args.compile else model
     if dist.is_initialized():
         gpus = [args.device] if cuda else None
@@ -1232,9 +1279,7 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
     began = since = time.perf_counter()
     for step in range(start, args.total_steps + 1):
         epoch, rest = divmod(step, args.steps_per_epoch)
-        if (
-            step and not rest and len(history) < epoch
-        ):  # at the end of an epoch, or again after a stop right there
+        if not rest and len(history) < epoch:  # an epoch has ended, perhaps before a stop
             evaluate_epoch(epoch)
             since, wait[0] = time.perf_counter(), 0.0
         if step == args.total_steps:
@@ -1249,11 +1294,12 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
             ema.update(model)
         bar.update()
 
-        done = step + 1
-        # The first step too: a full disk or a read-only folder shows before an epoch is lost to it.
-        saves = (
-            done == 1 or done % args.steps_per_epoch == 0 or (args.save_every and done % args.save_every == 0)
-        )
+        done, stop = step + 1, torch.tensor(len(asked))
+        if dist.is_initialized():
+            dist.all_reduce(stop)  # through gloo, between the CPUs: the GPUs are not waited for
+        # The first step is saved too: a full disk or a read-only folder shows before an epoch is lost to it.
+        saves = stop.item() or done == 1 or done % args.steps_per_epoch == 0
+        saves = saves or (args.save_every and done % args.save_every == 0)
         if not saves and done % LOG_EVERY:
             continue
         means = torch.stack(losses) / args.world
@@ -1278,10 +1324,14 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -
         losses.clear()
         if saves:
             save(done)
+        if stop.item():
+            if dist.is_initialized():
+                dist.barrier()  # the first to go would have the others killed, in their writing
+            leave()
         since, wait[0] = time.perf_counter(), 0.0
     bar.close()
-    if start < args.total_steps:
-        save(args.total_steps)  # with the last evaluation
+    if unfinished:
+        save(args.total_steps)  # once more, with the last evaluation
 
     # The paper's figure is the best epoch of the EMA, chosen on the validation images themselves.
     scored = [record for record in history if "images" in record]
@@ -1336,7 +1386,8 @@ def main(argv: list[str] | None = None) -> None:
         num_images, num_classes = len(train), len(train.classes)
     _plan(args, num_images)
     if not args.dry_run:
-        return _train(args, train, val)
+        with _stop_signals() as asked:
+            return _train(args, train, val, asked)
 
     with torch.device("meta"):  # shapes without numbers: no time, no memory
         fresh = (args.model, num_classes, args.pretrained, args.image_size, args.quick_gelu)
@@ -1350,24 +1401,43 @@ def main(argv: list[str] | None = None) -> None:
         print(f"layer {layer:<9} lr {lr:.4e} = {args.lr:g} x {scale:.6g}")
 
 
-def _run() -> None:
-    """main(); a ValueError of this file's becomes its one sentence and exit status 2."""
+def _run() -> int:
+    """main(), with every wall as one sentence on stderr; the exit status."""
+    sentence = ""
     try:
         main()
+    except SystemExit as stop:  # --help, or a signal
+        return stop.code or 0
+    except KeyboardInterrupt:  # outside training there is nothing to save
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except torch.OutOfMemoryError:
+        sentence = "the GPU's memory is full: halve --micro-batch-size, the result stays the same"
+    except OSError as error:
+        sentence = f"{error.strerror}: {error.filename}"
     except ValueError as error:
-        # Raised in this file? Perhaps in a loader's worker, whose traceback is then part of the message. Any
+        # Was it raised in this file? Perhaps in a loader's worker, whose traceback is then part of the message. Any
         # other is a fault of the program and keeps its traceback.
         text = "".join(traceback.format_exception(error)).rstrip()
         if re.findall(r'File "(.+?)", line', text)[-1] != __file__:
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 has most likely met the same, and torchrun now ends the others
-        print(f"ftclip: {text.splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
+        sentence = text.splitlines()[-1].removeprefix("ValueError: ")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take the following for a crash
+        for (
+            worker
+        ) in multiprocessing.active_children():  # deaf, see _load: Python would wait for them for ever
+            worker.kill()
+    if sentence and os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # rank 0 has most likely met the same, and torchrun now ends the others
+    if sentence:
+        print(f"ftclip: {sentence}", file=sys.stderr)
+    return 2 if sentence else 0
 
 
 if __name__ == "__main__":
-    _run()
+    sys.exit(_run())

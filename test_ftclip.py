@@ -32,6 +32,7 @@ TINY = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3},
 }
+torch.set_num_threads(1)  # quicker for tiny models, and the two-process tests need the other core
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -45,8 +46,11 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
+    return draw_data(tmp_path_factory.mktemp("data"))
+
+
+def draw_data(root: Path) -> Path:
     """3 classes, 48 training and 13 validation images of odd sizes."""
-    root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 48), ("val", 13)):
         for i in range(count):
             path = root / split / ("ant", "bee", "wasp")[i % 3] / f"{i}.png"
@@ -69,9 +73,7 @@ def flags(tiny, data, output, *more) -> list[str]:
     return shlex.split(base + " --mixup 0.5 --cutmix 0.5") + list(map(str, more))
 
 
-def run(
-    *argv, processes: int = 0, env: dict | None = None, timeout: int = 120
-) -> subprocess.CompletedProcess:
+def run(*argv, processes: int = 0, env: dict | None = None, timeout: int = 60) -> subprocess.CompletedProcess:
     """The script as a user starts it."""
     start = [sys.executable]
     if processes:
@@ -665,7 +667,7 @@ WALLS = {  # what is wrong → what the sentence must name
     "--output {best}": "no last.pt",
     "--eval": "--checkpoint",
     "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt has 1 class\(es\) \(wasp\)",
-    "--eval --checkpoint {weights}": "not a checkpoint",
+    "--eval --checkpoint {weights}": "has format None",
     "--eval --checkpoint nothing.pt": "cannot read checkpoint nothing.pt",
     "--min-lr 1": "above --lr",
     "--warmup-epochs 3": "leaves nothing",
@@ -692,10 +694,8 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     monkeypatch.setattr(
         sys, "argv", ["ftclip.py", *flags(tiny, data, "out", "--random-erasing", "0.1", *more)]
     )
-    with pytest.raises(SystemExit) as exit_:
-        ftclip._run()
+    assert ftclip._run() == 2
     error = capsys.readouterr().err
-    assert exit_.value.code == 2
     assert error.startswith("ftclip: ") and error.count("\n") == 1
     assert re.search(WALLS[wrong], error)
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,112 @@
+"""Kill runs at random moments until there were enough kills, and compare what they end with, bit for bit.
+
+    python benchmarks/kill_test.py --kills 50
+
+Half of the runs have 1 process, half have 2 under torchrun; half of the kills are SIGKILL to every process at
+once (a machine that goes away), half are SIGTERM (a cluster that takes it back; torchrun passes it on). Each
+killed run is started again with the same command until it ends, and must then equal a run that nothing disturbed:
+weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing are on. No process may stay behind.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ftclip
+import test_ftclip
+
+SCRIPT = Path(ftclip.__file__)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Everybody whose command line names the folder: torchrun, its processes, their loader workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if str(folder) in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+            except OSError:  # gone meanwhile
+                continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    root = Path(tempfile.mkdtemp(prefix="kill_test_"))
+    (root / "tiny.json").write_text(json.dumps(test_ftclip.TINY))
+    test_ftclip.draw_data(root / "data")
+
+    def start(folder: Path, processes: int) -> subprocess.Popen:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        more = shlex.split("--epochs 20 --workers 1 --save-every 2")
+        flags = test_ftclip.flags(str(root / "tiny.json"), root / "data", folder, *more)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*launcher, str(SCRIPT), *flags], env=environment, **quiet)
+
+    references, durations = {}, {}
+    for processes in (1, 2):
+        began = time.time()
+        assert start(root / f"reference{processes}", processes).wait() == 0
+        references[processes] = test_ftclip.outcome(root / f"reference{processes}")
+        durations[processes] = time.time() - began
+    print("undisturbed:", {n: f"{seconds:.1f} s" for n, seconds in durations.items()}, flush=True)
+
+    kills = {"SIGKILL": 0, "SIGTERM": 0}
+    runs = equal = 0
+    slowest = 0.0  # seconds from SIGTERM to the end of the last process
+    while sum(kills.values()) < args.kills:
+        processes = 1 + runs % 2
+        folder = root / f"run{runs}"
+        here = 0
+        while True:
+            run = start(folder, processes)
+            # Start-up takes most of a short run: aim at the rest of it, but not only.
+            try:
+                status = run.wait(rng.uniform(0.45, 0.9) * durations[processes] if here < 12 else None)
+                break
+            except subprocess.TimeoutExpired:
+                name = rng.choice(sorted(kills))
+                kills[name] += 1
+                here += 1
+                began = time.time()
+                if name == "SIGTERM":
+                    run.terminate()
+                    run.wait(60)
+                    slowest = max(slowest, time.time() - began)
+                else:
+                    for pid in processes_of(folder):
+                        try:
+                            os.kill(pid, signal.SIGKILL)
+                        except ProcessLookupError:
+                            continue
+                    run.wait(60)
+                time.sleep(0.5)
+                assert not processes_of(folder), "a process was left behind"
+        same = status == 0 and test_ftclip.same(test_ftclip.outcome(folder), references[processes])
+        runs, equal = runs + 1, equal + same
+        print(f"run {runs}: {processes} process(es), {here} kills, equal: {same}; so far {kills}", flush=True)
+    print(f"{equal} of {runs} runs equal after {kills}; SIGTERM took at most {slowest:.1f} s")
+    sys.exit(equal != runs)
+
+
+if __name__ == "__main__":
+    main()
