@@ -210,8 +210,7 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
         if torchscript:
             weights = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            weights = open_clip.factory.load_state_dict(path)
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+            weights = open_clip.factory.load_state_dict(path)  # strips "module."
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -1102,7 +1101,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _load(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
-    """Iterate a DataLoader whose workers are deaf to SIGTERM and Ctrl-C, which reach all processes of a run at once.
+    """Iterate a DataLoader whose workers are deaf to SIGTERM and Ctrl-C, which reach all processes at once.
 
     Their parent still needs them to finish its step; it ends them afterwards.
     """
@@ -1162,7 +1161,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _open_output(args: argparse.Namespace, train: FolderDataset) -> tuple[dict, dict | None]:
-    """(what this run computes, what its last.pt holds); a wall if that is of a run that computes otherwise."""
+    """(what this run computes, what its last.pt holds); a wall if that is of another run."""
     last = Path(args.output, "last.pt")
     files = "\n".join(os.path.relpath(path, train.root) for path, _ in train.samples)
     config = {key: value for key, value in vars(args).items() if key not in FREE}
@@ -1418,7 +1417,7 @@ def _run() -> int:
     except OSError as error:
         sentence = f"{error.strerror}: {error.filename}"
     except ValueError as error:
-        # Was it raised in this file? Perhaps in a loader's worker, whose traceback is then part of the message. Any
+        # Raised in this file? Perhaps in a loader's worker, whose traceback is then part of the message. Any
         # other is a fault of the program and keeps its traceback.
         text = "".join(traceback.format_exception(error)).rstrip()
         if re.findall(r'File "(.+?)", line', text)[-1] != __file__:

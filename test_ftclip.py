@@ -4,6 +4,8 @@ python -m pytest test_ftclip.py
 """
 
 import ast
+import collections
+import contextlib
 import copy
 import json
 import math
@@ -11,18 +13,28 @@ import os
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
+import timm.loss
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import nn
+from torchvision.transforms import v2
 
 import ftclip
 
@@ -37,11 +49,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth, colourful picture with some texture, unlike noise."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    return Image.fromarray((smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8))
+    """An RGB Pillow image as a photograph is: light and colour at all scales, some grain, 0 to 255."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(3, height, width, generator=generator) / 20
+    for cells in (2, 4, 9, 20, 45):
+        light = torch.randn(1, 1, cells, cells, generator=generator)
+        colour = torch.randn(1, 3, cells, cells, generator=generator) / 2
+        image += F.interpolate((light + colour) / cells**0.7, size=(height, width), mode="bicubic")[0]
+    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    image = ((image - low) / (high - low)) ** torch.tensor([0.7, 1.0, 1.4]).view(3, 1, 1)  # in warm light
+    return v2.functional.to_pil_image((image * 255).round().byte())
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +66,14 @@ def data(tmp_path_factory) -> Path:
     return draw_data(tmp_path_factory.mktemp("data"))
 
 
+CLASSES = ["ant", "honey bée", "wasp"]
+
+
 def draw_data(root: Path) -> Path:
     """3 classes, 48 training and 13 validation images of odd sizes."""
     for split, count in (("train", 48), ("val", 13)):
         for i in range(count):
-            path = root / split / ("ant", "bee", "wasp")[i % 3] / f"{i}.png"
+            path = root / split / CLASSES[i % 3] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             photo(40 + i % 7, 36 + i % 5, seed=1000 * count + i).save(path)
     return root
@@ -107,10 +127,10 @@ def far(output, other) -> float:
     return max((one[k][n] - two[k][n]).abs().max().item() for k in ("model", "ema") for n in one[k])
 
 
-# ------------------------------------------------------------------------------------------------------ recipes
+# ---------------------------------------------------------------------------------------------- recipes
 
-# Printed by the four logs that are published with github.com/LightDXY/FT-CLIP: trainable parameters, steps per
-# epoch, warm-up steps, and for some epochs (from 0) the mean lr of the head and of the embeddings.
+# Printed by the four logs that github.com/LightDXY/FT-CLIP publishes: trainable parameters, steps per epoch,
+# warm-up steps, and for some epochs (from 0) the mean lr of the head and of the embeddings.
 PUBLISHED = {
     ("ViT-B-16", 224): (85_978_600, 625, 6250, [
         (0, 2.99567930868939e-05, 3.912565082085452e-08),
@@ -179,7 +199,7 @@ def test_lr_scales_with_the_batch_size_unless_given_by_hand():
     assert ftclip.parse_args(["--epochs", "25"]).warmup_epochs == 5
 
 
-# -------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------- model
 
 
 def reference_logits(model: ftclip.CLIPClassifier, images: torch.Tensor, heads: int) -> torch.Tensor:
@@ -211,7 +231,7 @@ def reference_logits(model: ftclip.CLIPClassifier, images: torch.Tensor, heads: 
 
 
 def random_model(**how) -> ftclip.CLIPClassifier:
-    """A tiny model in which no parameter is zero, one or negligible, so that each has a part in the output."""
+    """A tiny model in which no parameter is zero, one or negligible: each has a part in the output."""
     model = ftclip.build_model(TINY, 5, quick_gelu=True, **how)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -254,7 +274,7 @@ def test_head_starts_near_zero():
 
 @pytest.fixture(scope="session")
 def clip_weights() -> dict:
-    """A whole tiny CLIP's state dict, as OpenAI and open_clip name it: image tower, text tower, logit scale."""
+    """A whole tiny CLIP's state dict, named as OpenAI and open_clip do: both towers and the logit scale."""
     import open_clip
 
     torch.manual_seed(1)
@@ -365,7 +385,7 @@ def test_drop_path_drops_each_branch_of_a_sample_at_its_blocks_rate():
     assert torch.equal(model.eval()(images), model(images))
 
 
-# ------------------------------------------------------------------------------------------------- optimization
+# ---------------------------------------------------------------------------------------------- optimization
 
 
 @pytest.mark.parametrize(("name", "decay", "blocks"), [("ViT-B-16", 0.6, 12), ("ViT-L-14", 0.65, 24)])
@@ -415,7 +435,271 @@ def test_ema_equals_its_closed_form():
     assert not ema.module.weight.requires_grad and not ema.module.training
 
 
-# --------------------------------------------------------------------------------------------------------- data
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+def tensor(image):
+    """uint8 (3, H, W) of a Pillow image."""
+    return v2.functional.pil_to_tensor(image)
+
+
+def same_picture(ours, theirs):
+    """Whether greys (0 to 255) agree within 1, and of 1,000 values at most one within 2.
+
+    Both resize along one side, round, resize along the other, and round: in another precision, and since
+    Pillow 13 (for some sizes) in another order. That is 1, and in some of a million values 2.
+    """
+    difference = (ours.double() - theirs).abs()
+    return difference.max() < 2.01 and (difference > 1.01).double().mean() < 1e-3
+
+
+def timm_train(size):
+    """timm's training transform, as official datasets.py:57-69 calls it."""
+    augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
+    return timm.data.create_transform(
+        size, is_training=True, color_jitter=None, interpolation="bicubic", **augment, **CLIP
+    )
+
+
+def timm_randaugment():
+    (found,) = (t for t in timm_train(224).transforms if isinstance(t, timm.data.auto_augment.RandAugment))
+    return found
+
+
+def assert_fits(observed, expected):
+    """Chi-square: the observed cells come as often as expected (cell: probability), within 5 deviations."""
+    counts = collections.Counter(observed)
+    assert counts.keys() <= expected.keys()
+    total, free = counts.total(), len(expected) - 1
+    chi2 = sum((counts[cell] - total * share) ** 2 / (total * share) for cell, share in expected.items())
+    assert abs(chi2 - free) < 5 * math.sqrt(2 * free)  # too good a fit is not chance either
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def test_randaugment_defaults_are_timms():
+    ours, theirs = ftclip.RandAugment(), timm_randaugment()
+    names = [op.name.removesuffix("Increasing").removesuffix("Rel") for op in theirs.ops]
+    assert list(ours.OPS) == names
+    assert ours.num_ops == theirs.num_layers and theirs.choice_weights is None  # with replacement
+    for op in theirs.ops:
+        assert (op.magnitude, op.magnitude_std, op.prob) == (ours.magnitude, ours.std, ours.probability)
+        assert op.magnitude_max is None  # timm then clips at 10
+        assert op.kwargs == {"fillcolor": ours.fill, "resample": Image.Resampling.BICUBIC}
+
+
+@pytest.mark.parametrize("index", range(15), ids=ftclip.RandAugment.OPS)
+def test_randaugment_op_equals_timms_in_every_pixel(index, monkeypatch):
+    name, theirs = ftclip.RandAugment.OPS[index], timm_randaugment().ops[index]
+    theirs.prob, theirs.magnitude_std = 1.0, 0.0
+    magnitudes = {i / 10 for i in range(101)}
+    steps = {"Posterize": 4, "Solarize": 256, "SolarizeAdd": 110}.get(name, 0)
+    for i in range(steps + 1):  # where int() jumps, and the floats beside it
+        here = 10 * i / max(steps, 1)
+        magnitudes |= {here, math.nextafter(here, 0), min(10.0, math.nextafter(here, 11))}
+    bright = photo(61, 40)
+    dull = photo(40, 61, seed=1).point(lambda value: 30 + value // 2)  # so that there is contrast to add
+    for sign in (-1, 1):
+        monkeypatch.setattr(timm.data.auto_augment, "_randomly_negate", lambda value, sign=sign: sign * value)
+        for theirs.magnitude in magnitudes:
+            for image in (bright, dull):
+                result = ftclip.RandAugment().apply(image, name, theirs.magnitude, sign)
+                if name == "Posterize" and theirs.magnitude == 10:
+                    # 0 bits: black, for which timm asks Pillow, but Pillow 13 raises.
+                    assert not np.asarray(result).any() and result.mode == "RGB" and result.size == image.size
+                else:
+                    assert result == theirs(image), (theirs.magnitude, sign)
+
+
+def test_randaugment_draws_ops_magnitudes_and_signs_as_specified():
+    class Recorder(ftclip.RandAugment):
+        def apply(self, image, op, magnitude, sign=1):
+            return (*image, (op, magnitude, sign))  # the "image" is what has been applied to it
+
+    rng, ops = random.Random(0), ftclip.RandAugment.OPS
+    images = [Recorder()((), rng) for _ in range(60_000)]
+    assert_fits(map(len, images), {0: 0.25, 1: 0.5, 2: 0.25})
+
+    # Tenths of N(9, 0.5), the last of them cut at 10. All cells together show independence as well.
+    normal = statistics.NormalDist(9, 0.5)
+    edges = [*(normal.inv_cdf(i / 10) for i in range(1, 10)), 10]
+    shares = np.diff([0, *map(normal.cdf, edges), 1])
+
+    def cell(op, magnitude, sign):
+        assert 0 <= magnitude <= 10
+        return op, sign, sum(magnitude >= edge for edge in edges)
+
+    cells = {(op, sign, i): p / 30 for op in ops for sign in (-1, 1) for i, p in enumerate(shares)}
+    assert_fits((cell(*applied) for image in images for applied in image), cells)
+
+    # Two on one image: independent in op (so also twice the same), in sign, and in magnitude.
+    pairs = [image for image in images if len(image) == 2]
+    assert_fits(((a[0], b[0]) for a, b in pairs), {(a, b): 1 / 225 for a in ops for b in ops})
+    quarter = {(above, sign): 1 / 4 for above in (False, True) for sign in (-1, 1)}
+    joint = {(a, b): quarter[a] * quarter[b] for a in quarter for b in quarter}
+    assert_fits((((a[1] > 9, a[2]), (b[1] > 9, b[2])) for a, b in pairs), joint)
+
+    weak = [m for _ in range(1000) for _, m, _ in Recorder(magnitude=0.1)((), rng)]
+    assert min(weak) == 0  # cut below as well
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (40, 90), (200, 4)])  # in the last, ten tries may fail
+def test_random_erasing_draws_timms_boxes(height, width):
+    # Both take the same numbers in the same order, so the boxes can be compared one by one.
+    ours, theirs = ftclip.RandomErasing(), RandomErasing(probability=0.25, mode="pixel", device="cpu")
+    for seed in range(3000):
+        random.seed(seed)
+        rows, columns = theirs(torch.zeros(1, height, width))[0].nonzero(as_tuple=True)
+        box = (0, 0, 0, 0)
+        if len(rows):
+            top, left = rows.min().item(), columns.min().item()
+            box = top, left, rows.max().item() + 1 - top, columns.max().item() + 1 - left
+        assert ours.sample(height, width, random.Random(seed)) == box
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_random_erasing_fills_boxes_with_independent_normal_noise(given):
+    torch.manual_seed(0)
+    random.seed(0)
+    images = torch.full((400, 3, 48, 40), 7.0)
+    erasing = ftclip.RandomErasing()
+    boxes = [erasing.sample(48, 40) for _ in images] if given else None
+    assert erasing(images, boxes) is images
+    noise, neighbours, channels = [], [], []
+    erased = 0
+    for i, image in enumerate(images):
+        changed = (image != 7).any(0)
+        if changed.any():
+            rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+            inside = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert (inside != 7).all()  # one whole box, in all channels
+            noise.append(inside.flatten())
+            neighbours += [(inside[..., 1:] * inside[..., :-1]).flatten()]
+            neighbours += [(inside[:, 1:] * inside[:, :-1]).flatten()]
+            channels.append((inside * inside.roll(1, 0)).flatten())
+            erased += 1
+            box = (rows.min(), columns.min(), *inside.shape[1:])
+        else:
+            box = (0, 0, 0, 0)
+        assert not given or box == boxes[i]
+    assert abs(erased / 400 - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 400)
+    tenths = torch.tensor([statistics.NormalDist().inv_cdf(i / 10) for i in range(1, 10)])
+    assert_fits(torch.bucketize(torch.cat(noise), tenths).tolist(), dict.fromkeys(range(10), 0.1))
+    for products in map(torch.cat, (neighbours, channels)):  # of independent values: mean 0, variance 1
+        assert abs(products.mean()) < 5 / math.sqrt(len(products))
+
+
+@pytest.mark.parametrize("scale", [0.08, 0.5])
+@pytest.mark.parametrize("size", [(120, 90), (90, 120), (24, 24), (200, 20), (15, 200)])
+def test_train_crop_is_timms_and_mirrored_half_the_time(size, scale):
+    # Both take the same numbers in the same order, so the crops can be compared one by one. In the two long
+    # images, ten tries may fail.
+    image, theirs = photo(*size), RandomResizedCropAndInterpolation(48, (scale, 1), interpolation="bicubic")
+    flips = 0
+    for seed in range(400):
+        random.seed(seed)
+        expected = tensor(theirs(image))
+        ours = ftclip.train_transform(tensor(image), random.Random(seed), 48, scale)
+        assert ours.dtype == torch.uint8 and ours.shape == (3, 48, 48)
+        flipped = same_picture(ours.flip(-1), expected)
+        assert flipped != same_picture(ours, expected), seed
+        flips += flipped
+    assert abs(flips / 400 - 0.5) < 5 * math.sqrt(0.25 / 400)
+
+
+@pytest.mark.parametrize("image_size", [224, 63])
+@pytest.mark.parametrize("size", [(300, 225), (225, 301), (224, 224), (63, 64), (40, 50), (500, 71)])
+def test_eval_image_is_timms(size, image_size):
+    theirs = timm.data.create_transform(image_size, crop_pct=1.0, interpolation="bicubic", **CLIP)
+    image, grey = photo(*size), 1 / 255 / torch.tensor(CLIP["std"]).view(3, 1, 1)  # in normalised units
+    for given in (tensor(image), image, image.convert("L"), image.convert("P")):
+        expected = theirs(given.convert("RGB") if isinstance(given, Image.Image) else image)
+        ours = ftclip.normalize(ftclip.eval_transform(given, image_size))
+        assert ours.shape == (3, image_size, image_size) and ours.dtype == torch.float32
+        assert same_picture(ours / grey, expected / grey)
+
+
+def test_augmentation_takes_all_chance_from_rng():
+    image, augment = tensor(photo(60, 50)), ftclip.RandAugment()
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()
+    for seed in range(50):
+        first, second = (
+            (
+                ftclip.train_transform(image, rng, 32, randaugment=augment),
+                ftclip.RandomErasing().sample(32, 32, rng),
+            )
+            for rng in (random.Random(seed), random.Random(seed))
+        )
+        assert torch.equal(first[0], second[0]) and first[1] == second[1]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    np.testing.assert_equal(np.random.get_state(), states[2])
+
+
+def test_training_images_have_timms_statistics(monkeypatch):
+    def posterize(image, bits, **_):  # timm's own crashes with Pillow 13 at 0 bits
+        return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
+
+    monkeypatch.setitem(timm.data.auto_augment.NAME_TO_OP, "PosterizeIncreasing", posterize)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    image, rng, draws = photo(140, 100, seed=5), random.Random(0), 10_000
+    theirs, augment, erasing = timm_train(32), ftclip.RandAugment(), ftclip.RandomErasing()
+
+    def statistic(images):
+        """(N, 21): of each image the light in each quarter, and the mean, square and edges of each colour."""
+        edges = images.diff(dim=-1).abs().mean((2, 3))
+        quarters = F.adaptive_avg_pool2d(images, 2).flatten(1)
+        return torch.cat([quarters, images.mean((2, 3)), images.square().mean((2, 3)), edges], 1)
+
+    ours = [ftclip.train_transform(tensor(image), rng, 32, randaugment=augment) for _ in range(draws)]
+    ours = statistic(erasing(ftclip.normalize(torch.stack(ours))))
+    theirs = statistic(torch.stack([theirs(image) for _ in range(draws)]))
+    for power in (1, 2):  # means, then spread between images
+        x, y = ours**power, theirs**power
+        error = ((x.var(0) + y.var(0)) / draws).sqrt()
+        assert ((x.mean(0) - y.mean(0)) / error).abs().max() < 4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mix", [None, v2.MixUp, v2.CutMix])
+def test_train_step_minimizes_timms_loss(mix, smoothing):
+    torch.manual_seed(0)
+    num_classes, images = 7, torch.randn(6, 3, 8, 8)
+    labels = torch.tensor([3, 0, 6, 6, 2, 5])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    if mix is None:
+        mixed, targets = images, labels
+        expected = timm.loss.LabelSmoothingCrossEntropy(smoothing)(twin(images), labels)
+    else:
+        mixed, targets = mix(num_classes=num_classes)(images, labels)
+        share = targets[0, labels[0]].item()  # of the image itself; the rest is the one before it
+        assert 0 < share < 1
+        partner = images.roll(1, 0)
+        if mix is v2.MixUp:
+            torch.testing.assert_close(mixed, share * images + (1 - share) * partner)
+        else:
+            assert ((mixed == images) | (mixed == partner)).all()
+            assert (mixed == images).float().mean().item() == pytest.approx(share)
+        # timm's partner is the one at the same place from the end.
+        both = torch.cat([labels, labels.roll(1).flip(0)])
+        soft = mixup_target(both, num_classes, share, smoothing)[: len(labels)]
+        expected = timm.loss.SoftTargetCrossEntropy()(twin(mixed), soft)
+    expected.backward()
+
+    halves = zip(mixed.split(3), targets.split(3))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = ftclip.train_step(model, halves, 2, optimizer, scaler, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected.detach())
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, theirs - 0.5 * theirs.grad)
+
+
+# ---------------------------------------------------------------------------------------------- data
 
 
 def test_read_image_makes_rgb_of_every_kind_as_pillow_does(tmp_path):
@@ -487,7 +771,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
     assert not same(sample((2, 7))[0], sample((2, 7), seed=1)[0])
 
 
-# ------------------------------------------------------------------------------------------------------- engine
+# ---------------------------------------------------------------------------------------------- engine
 
 
 def test_evaluate_counts_every_image_once():
@@ -541,7 +825,43 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     assert ftclip.load_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
-# -------------------------------------------------------------------------------------------------- whole runs
+def test_images_of_any_shape_go_through_both_transforms():
+    for width, height in ((1, 1), (20_000, 3), (3, 20_000)):
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        assert ftclip.train_transform(image, random.Random(0), 32).shape == (3, 32, 32)
+        assert ftclip.eval_transform(image, 32).shape == (3, 32, 32)
+
+
+def test_a_link_that_closes_a_circle_is_a_wall(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "train" / "ant" / "up").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match="are one folder"):
+        ftclip.FolderDataset(str(tmp_path / "train"), ftclip.read_image, ftclip.eval_transform)
+
+
+def test_a_full_disk_is_a_wall_and_spares_the_old_file(tmp_path):
+    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*last.pt .*: make room"):
+            ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ftclip.load_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_truncated_checkpoint_is_a_wall(tmp_path):
+    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "x": torch.zeros(1000)})
+    whole = (tmp_path / "last.pt").read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "last.pt").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cannot read checkpoint"):
+            ftclip.load_checkpoint(tmp_path / "last.pt")
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture(scope="session")
@@ -560,8 +880,8 @@ def test_a_run_leaves_what_readme_says(reference, data):
     )
     assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
     model, classes, transform = ftclip.load_classifier(reference / "best.pt")
-    assert classes == ["ant", "bee", "wasp"] and not model.training
-    path = next((data / "val" / "bee").iterdir())
+    assert classes == CLASSES and not model.training
+    path = next((data / "val" / CLASSES[1]).iterdir())
     with Image.open(path) as file:
         from_pillow = transform(file)
     image = transform(ftclip.read_image(path))
@@ -587,6 +907,110 @@ def test_a_run_goes_on_from_last_pt_bit_for_bit(stop, reference, tiny, data, tmp
         ftclip.main(argv)
     ftclip.main([*argv, "--workers", "2"])
     assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+def test_a_stop_during_an_evaluation_loses_nothing(reference, tiny, data, tmp_path, monkeypatch):
+    argv = flags(tiny, data, tmp_path / "run")
+    for _ in range(3):  # in each of the three evaluations
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ftclip, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            ftclip.main(argv)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ftclip, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            ftclip.main(argv)
+            raise KeyboardInterrupt  # after the last epoch there is no further step
+    assert outcome(tmp_path / "run")["metrics"] == outcome(reference)["metrics"][:1]
+    ftclip.main(argv)
+    assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny, data, tmp_path, monkeypatch, capsys):
+    step, losses = ftclip.train_step, []
+
+    def poisoned(*args):
+        losses.append(step(*args))
+        return losses[-1] * (float("nan") if len(losses) == 5 else 1.0)
+
+    monkeypatch.setattr(ftclip, "train_step", poisoned)
+    monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run")])
+    assert ftclip._run() == 2
+    assert re.search(r"the loss is nan at step 5 \(lr .*last.pt is from before it", capsys.readouterr().err)
+    assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def processes_of(folder: Path) -> list[int]:
+    """All whose command line names the folder: torchrun, its processes, and their loaders' workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if str(folder) in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def start(*argv, launcher: tuple = ()) -> subprocess.Popen:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, SCRIPT, *map(str, argv)], env=environment, **quiet)
+
+
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(tiny, data, tmp_path):
+    """benchmarks/kill_test.py does this for longer, and with two processes."""
+    more = ("--epochs", 12, "--workers", 1, "--save-every", 2)
+    ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
+    argv, rng = flags(tiny, data, tmp_path / "run", *more), random.Random(0)
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        process, last = start(*argv), tmp_path / "run" / "last.pt"
+        before = last.stat().st_mtime if last.exists() else 0
+        wait_for(lambda: last.exists() and last.stat().st_mtime > before)  # noqa: B023
+        time.sleep(rng.uniform(0, 1))
+        process.send_signal(number)
+        assert process.wait(20) == status
+        wait_for(lambda: not processes_of(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") > 12  # it was not over
+    ftclip.main(argv)
+    assert same(outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed"))
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(tiny, data, tmp_path):
+    more = ("--epochs", 12, "--workers", 1, "--save-every", 2)
+    ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2")
+    run = start(*flags(tiny, data, tmp_path / "run", *more), launcher=launcher)
+    wait_for((tmp_path / "run" / "last.pt").exists)
+    ranks = [pid for pid in processes_of(tmp_path / "run") if parent_of(pid) == run.pid]
+    os.kill(max(ranks), signal.SIGKILL)
+    assert run.wait(120) == 0 and not processes_of(tmp_path / "run")
+    assert far(tmp_path / "run", tmp_path / "undisturbed") < 1e-5
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(reference, tiny, data, tmp_path, monkeypatch):
+    step, seen = ftclip.train_step, []
+
+    def stopping(*args):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return step(*args)
+
+    argv = flags(tiny, data, tmp_path / "run", "--save-every", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ftclip, "train_step", stopping)
+        ftclip.main(argv)
+    assert run(*argv, processes=2).returncode == 0
+    assert far(tmp_path / "run", reference) < 1e-5
 
 
 def test_two_processes_train_as_one_and_evaluate_every_image(reference, tiny, data, tmp_path):
@@ -618,12 +1042,12 @@ def test_bf16_training_follows_float32(tiny, data, tmp_path):
 
 
 def test_demo_learns_from_the_command_line(tmp_path):
-    done = run("--demo", "--epochs", 3, "--output", tmp_path / "demo", env={"OMP_NUM_THREADS": "2"})
+    done = run("--demo", "--epochs", 3, "--output", tmp_path / "demo", timeout=200)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "demo")["metrics"][-1]["raw_top1"] > 50  # of six classes
 
 
-# ------------------------------------------------------------------------------------------------------- walls
+# ---------------------------------------------------------------------------------------------- walls
 
 
 def broken(root: Path, kind: str) -> Path:
@@ -638,6 +1062,8 @@ def broken(root: Path, kind: str) -> Path:
         photo(9, 9).save(target / "val" / "0.png")
     elif kind == "differ":
         (target / "val" / "wasp").rename(target / "val" / "moth")
+    elif kind == "fewer":
+        next((target / "train" / "ant").iterdir()).unlink()
     elif kind == "empty":
         (target / "train" / "cat").mkdir()
     elif kind == "unreadable":
@@ -665,6 +1091,8 @@ WALLS = {  # what is wrong → what the sentence must name
     "--amp fp16": "needs a GPU",
     "--output {reference}": r"of another run \(.*random_erasing .* → 0.1",
     "--output {best}": "no last.pt",
+    "--output {weights}/below": "Not a directory: .*below",
+    "--output {reference} --data {fewer}": r"of another run \(.*images 48 .* → 47",
     "--eval": "--checkpoint",
     "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt has 1 class\(es\) \(wasp\)",
     "--eval --checkpoint {weights}": "has format None",
@@ -686,7 +1114,8 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     shutil.copy(reference / "best.pt", tmp_path / "best")
     (data.parent / "junk").write_text("junk")
     names = {"data": data.parent, "reference": reference, "weights": tmp_path / "weights.pt"}
-    text = wrong.format(**names, best=tmp_path / "best", differ=broken(data, "differ"))
+    names |= {kind: broken(data, kind) for kind in ("differ", "fewer")}
+    text = wrong.format(**names, best=tmp_path / "best")
     kinds = [kind for kind in ("flat", "differ", "empty", "unreadable") if text == f"--data {kind}"]
     more = ["--data", str(broken(data, kinds[0]))] if kinds else shlex.split(text)
     before = sorted(tmp_path.rglob("*"))
@@ -712,7 +1141,7 @@ def test_walls_from_the_command_line_and_from_a_worker(tiny, data, tmp_path):
     assert done.stderr.count("ftclip: no folder") == 1  # once, not once a process
 
 
-# ------------------------------------------------------------------------------------------------- for copying
+# ---------------------------------------------------------------------------------------------- for copying
 
 
 def cut_out(*names: str) -> dict:
@@ -727,7 +1156,7 @@ def cut_out(*names: str) -> dict:
 
 
 def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data, tmp_path):
-    picture = next((data / "val" / "bee").iterdir())
+    picture = next((data / "val" / CLASSES[1]).iterdir())
     image, rng = ftclip.read_image(picture), random.Random(0)
     built = (
         "build_model",

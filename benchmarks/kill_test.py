@@ -4,8 +4,9 @@
 
 Half of the runs have 1 process, half have 2 under torchrun; half of the kills are SIGKILL to every process at
 once (a machine that goes away), half are SIGTERM (a cluster that takes it back; torchrun passes it on). Each
-killed run is started again with the same command until it ends, and must then equal a run that nothing disturbed:
-weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing are on. No process may stay behind.
+killed run is started again with the same command until it ends, and must then equal a run that nothing
+disturbed: weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing are on. No process may
+stay behind.
 """
 
 import argparse
@@ -25,19 +26,6 @@ import ftclip
 import test_ftclip
 
 SCRIPT = Path(ftclip.__file__)
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Everybody whose command line names the folder: torchrun, its processes, their loader workers."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if str(folder) in (entry / "cmdline").read_text():
-                    found.append(int(entry.name))
-            except OSError:  # gone meanwhile
-                continue
-    return found
 
 
 def main() -> None:
@@ -93,14 +81,14 @@ def main() -> None:
                     run.wait(60)
                     slowest = max(slowest, time.time() - began)
                 else:
-                    for pid in processes_of(folder):
+                    for pid in test_ftclip.processes_of(folder):
                         try:
                             os.kill(pid, signal.SIGKILL)
                         except ProcessLookupError:
                             continue
                     run.wait(60)
                 time.sleep(0.5)
-                assert not processes_of(folder), "a process was left behind"
+                assert not test_ftclip.processes_of(folder), "a process was left behind"
         same = status == 0 and test_ftclip.same(test_ftclip.outcome(folder), references[processes])
         runs, equal = runs + 1, equal + same
         print(f"run {runs}: {processes} process(es), {here} kills, equal: {same}; so far {kills}", flush=True)
