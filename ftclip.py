@@ -248,7 +248,8 @@ def build_model(
         image_size: pixels, None for the configuration's; position embeddings are resized to fit.
         quick_gelu: None for what the weights were trained with, or else the configuration's.
         drop_path: probability of dropping a residual branch of the last block, falling to 0 at the first one.
-        train_blocks: tune only so many last blocks, norm and head (0 is linear probing); None for all.
+        train_blocks: tune only so many last blocks, norm and head (0 is linear probing); None, or as many as
+            there are, is full fine-tuning, embeddings included.
         freeze_patch_embed: leave conv1 as it is.
         grad_checkpointing: compute the blocks again in the backward pass, to save memory.
 
@@ -329,7 +330,8 @@ def build_model(
 def layer_id(name: str, num_layers: int) -> int:
     """Depth of a parameter of CLIPClassifier: 0 embeddings, i + 1 block i, num_layers + 1 norm and head.
 
-    For another model, write another function like it. Source: official optim_factory.py:22-39.
+    For another model, write another function like it: in timm's ViTs, the blocks are "blocks.<i>.", norm and
+    head "norm.", "fc_norm." and "head.", and the rest is 0. Source: official optim_factory.py:22-39.
 
     Raises:
         ValueError: not a parameter of CLIPClassifier.
@@ -350,29 +352,39 @@ def param_groups(
     lr: float,
     layer_decay: float,
     weight_decay: float = 0.05,
-    no_decay: tuple[str, ...] = ("class_embedding", "positional_embedding"),
+    no_decay: tuple[str, ...] = ("class_embedding", "positional_embedding", "cls_token", "pos_embed"),
 ) -> list[dict]:
     """AdamW's parameter groups, with a learning rate that decays from the head down to the embeddings.
 
     Layer i learns with lr · layer_decay^(num_layers + 1 − i): near the pixels, more of CLIP stays.
-    A schedule must keep to it: group["lr"] = lr_at(...) * group["lr_scale"]. Vectors (norms and biases) and
-    names that end in `no_decay` get no weight decay; frozen parameters are in no group.
+    A schedule must keep to it, before each optimizer step: group["lr"] = lr_at(...) * group["lr_scale"]
+    (timm's own schedulers would apply lr_scale twice). Vectors (norms and biases) and names that end in
+    `no_decay` get no weight decay; frozen parameters are in no group.
     Source: official optim_factory.py:60, run_class_finetuning.py:441.
 
     Args:
+        model: not wrapped in DDP or torch.compile, which change the names.
         layer_id: (parameter name, num_layers) → 0 for the embeddings, ..., num_layers + 1 for the head.
         num_layers: number of transformer blocks.
         lr: of the head.
+        no_decay: what open_clip and timm call the class token and the positions, which are not vectors.
 
     Returns:
         Two groups a layer at most, from the embeddings up: {"params", "names", "layer", "lr", "lr_scale",
         "weight_decay"}.
+
+    Raises:
+        ValueError: layer_id and num_layers do not belong together.
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer, decays = layer_id(name, num_layers), parameter.ndim > 1 and not name.endswith(no_decay)
+        if not 0 <= layer <= num_layers + 1:
+            raise ValueError(
+                f"{name} is in layer {layer}, beyond the head's {num_layers + 1}: check num_layers"
+            )
         scale = layer_decay ** (num_layers + 1 - layer)
         group = {"layer": layer, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decays}
         group = groups.setdefault((layer, decays), group | {"params": [], "names": []})
@@ -384,8 +396,12 @@ def param_groups(
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float = 0.0) -> float:
     """Learning rate of optimizer step `step`, from 0: linear from 0 to lr, then half a cosine towards min_lr.
 
-    Step 0 has lr 0, step warmup_steps − 1 has lr, and so has the first of the cosine. Source: official
-    utils.py:407-424.
+    With a warm-up of two steps or more, step 0 has lr 0 (and moves nothing), step warmup_steps − 1 has lr,
+    and so has the next, the first of the cosine. Source: official utils.py:407-424.
+
+    Args:
+        step: 0 ≤ step < total_steps.
+        lr: of the head; a group's own is this times its lr_scale.
     """
     if step < warmup_steps:
         return lr * step / max(1, warmup_steps - 1)
@@ -397,11 +413,14 @@ class EMA:
     """A moving average of a model's weights: after each optimizer step, ema += (1 − decay) · (weights − ema).
 
     It starts from the starting weights and remembers 1 / (1 − decay) steps: 5,000 for the paper's 0.9998,
-    with which the average of a much shorter run would hardly leave its start.
-    Source: official engine_for_finetuning.py:92.
+    with which the average of a much shorter run would hardly leave its start. There, ftclip remembers a third
+    of the run: decay = 1 − 3 / total_steps. Source: official engine_for_finetuning.py:92.
+
+    Args:
+        model: already on its device; neither compiled nor wrapped.
 
     Attributes:
-        module: the averaged model, in evaluation mode.
+        module: the averaged model, in evaluation mode; save its state dict.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -447,6 +466,7 @@ class RandAugment:
     Two of fifteen operations, drawn with replacement; each is applied with probability 0.5, at a magnitude
     from N(9, 0.5) clipped to [0, 10], with either sign equally likely. torchvision's RandAugment(2, 9) is
     another thing: 30 % of the full strength where this is 90 %, always applied, nearest pixel, black borders.
+    It goes before ToTensor; an image of another mode needs image.convert("RGB") first.
 
     Args:
         magnitude: mean strength, 0 to 10.
@@ -473,7 +493,7 @@ class RandAugment:
         self.fill = fill
 
     def __call__(self, image: Image.Image, rng: random.Random = random) -> Image.Image:
-        """An augmented copy. All chance comes from rng, a random.Random or the module itself."""
+        """The image, augmented or as it was. All chance comes from rng, a random.Random or that module."""
         for op in rng.choices(self.OPS, k=self.num_ops):
             if rng.random() < self.probability:
                 magnitude = min(max(rng.gauss(self.magnitude, self.std), 0.0), 10.0)
@@ -498,12 +518,10 @@ class RandAugment:
                 bits = 4 - int(4 * level)  # 0 bits are black, but Pillow 13 refuses them
                 return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
             case "Solarize":
-                return ImageOps.solarize(image, 256 - min(256, int(256 * level)))
+                return ImageOps.solarize(image, 256 - int(256 * level))
             case "SolarizeAdd":
-                add = min(128, int(110 * level))
-                return image.point(
-                    [min(255, value + add) if value < 128 else value for value in range(256)] * 3
-                )
+                add = int(110 * level)
+                return image.point([value + add if value < 128 else value for value in range(256)] * 3)
             case "Color" | "Contrast" | "Brightness" | "Sharpness":
                 return getattr(ImageEnhance, op)(image).enhance(factor)
             # Affine: the pixel at (x, y) is taken from (a x + b y + c, d x + e y + f).
@@ -754,7 +772,7 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for i, (images, labels) in zip(range(accumulation), micro_batches):
+    for i, (images, labels) in zip(range(accumulation), micro_batches):  # range first: it takes none too many
         exchange = i == accumulation - 1 or not hasattr(model, "no_sync")
         with contextlib.nullcontext() if exchange else model.no_sync():
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -825,7 +843,9 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot write {path} ({reason}): make room; what it held before is whole") from None
+        raise ValueError(
+            f"cannot write {path} ({reason}): make room or go elsewhere; the old one is whole"
+        ) from None
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -898,17 +918,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     on, switch = "store_true", argparse.BooleanOptionalAction
     whole, real = functools.partial(_number, int), functools.partial(_number, float)
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model", help="open_clip ViT, or path of a model-config JSON such as open_clip's (default ViT-B-16)"
-    )
+    add("--model", help="open_clip ViT, or a model-config JSON such as open_clip's (default ViT-B-16)")
     add("--pretrained", help="open_clip tag, weights file, or 'none': random weights (default openai)")
     add("--quick-gelu", action=switch, help="activation x·sigmoid(1.702x), OpenAI's (default: the weights')")
     add("--image-size", type=whole("[1, 8192]"), help="pixels; positions are resized (default: the model's)")
-    add(
-        "--train-blocks",
-        type=whole("[0, 999]"),
-        help="tune the last K blocks, 0: linear probing (default all)",
-    )
+    add("--train-blocks", type=whole("[0, 999]"), help="tune the last K, 0: linear probing (default all)")
     add("--freeze-patch-embed", action=switch, help="leave conv1 as it is (default: the recipe's)")
     add("--drop-path", type=real("[0, 1)"), help="probability at the last block, 0 is off")
     add("--grad-checkpointing", action=on, help="compute blocks twice: slower, far less memory, same result")
@@ -916,15 +930,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=whole("[1, 1e6]"), help="passes over the training images")
     add("--warmup-epochs", type=real("[0, 1e6]"), help="with lr rising from 0 (default: the recipe's share)")
     add("--batch-size", type=whole("[1, 1e9]"), help="images per optimizer step, over all devices")
+    add("--micro-batch-size", type=whole("[1, 1e9]"), help="images per device at once: lower it to fit")
     add(
-        "--micro-batch-size",
-        type=whole("[1, 1e9]"),
-        help="images per device at once; lower it to save memory",
-    )
-    add(
-        "--lr",
-        type=real("(0, 1e3]"),
-        help="of the head, literal (default: the recipe's, scaled by batch size)",
+        "--lr", type=real("(0, 1e3]"), help="of the head, literal (default: recipe's x batch size / recipe's)"
     )
     add("--min-lr", type=real("[0, 1e3]"), help="of the head at the end, literal (default: likewise)")
     add("--layer-decay", type=real("(0, 1]"), help="lr of a layer over that of the one above it, 1 is off")
@@ -951,11 +959,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval", action=on, help="only evaluate --checkpoint on DIR/val")
     add("--checkpoint", help="best.pt or last.pt for --eval")
     add("--demo", action=on, help="a tiny ViT on images that the script draws into OUTPUT/data")
-    add(
-        "--dry-run",
-        action=on,
-        help="print the recipe, the batch chain and the lr of each layer, touch nothing",
-    )
+    add("--dry-run", action=on, help="print recipe, batch chain and lr of each layer, touch nothing")
 
     def fail(message: str) -> None:
         raise ValueError(f"{message} (--help lists all flags)")
@@ -969,7 +973,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.name = "demo" if isinstance(model, dict) else Path(model).stem.removesuffix("-quickgelu")
     # The paper's recipe, or else the nearest: by the model's depth, then by the image size.
     base = args.name
-    if all(base != name for name, _ in RECIPES):
+    if base not in {name for name, _ in RECIPES}:
         base = "ViT-L-14" if vision["layers"] > 12 else "ViT-B-16"
     args.recipe = min((key for key in RECIPES if key[0] == base), key=lambda key: abs(key[1] - size))
     default = RECIPES[args.recipe] | (DEMO if args.demo else {})
@@ -995,11 +999,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _setup(args: argparse.Namespace) -> None:
     """Choose the device and the precision, and join the processes that torchrun started; all into args."""
     env = os.environ.get
-    args.rank, args.world, local_rank = (
-        int(env("RANK", "0")),
-        int(env("WORLD_SIZE", "1")),
-        int(env("LOCAL_RANK", "0")),
-    )
+    args.rank, args.world = int(env("RANK", "0")), int(env("WORLD_SIZE", "1"))
+    local_rank = int(env("LOCAL_RANK", "0"))
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -1051,32 +1052,31 @@ def _plan(args: argparse.Namespace, num_images: int) -> None:
     args.total_steps = args.epochs * args.steps_per_epoch
     args.warmup_steps = round(args.warmup_epochs * args.steps_per_epoch)
     if args.ema_decay is None:  # 0.9998 in the paper's runs; a memory of at most a third of the run
-        args.ema_decay = 1 - 1 / max(1, min(5000, args.total_steps / 3))
-    args.chain = []
-    for devices in sorted({args.world, 1, 8} if args.dry_run else {args.world}):
-        with contextlib.nullcontext() if devices == args.world else contextlib.suppress(ValueError):
-            micro, accumulation = _split_batch(args, devices)
-            args.chain += [
-                f"{args.batch_size} = {devices} device(s) x {micro} images x {accumulation} accumulation(s)"
-            ]
-    args.micro_batch_size, args.accumulation = _split_batch(args, args.world)
+        args.ema_decay = 1 - 1 / max(2, min(5000, args.total_steps / 3))
+    chains = {args.world: _split_batch(args, args.world)}
+    for devices in (1, 8) if args.dry_run else ():
+        with contextlib.suppress(ValueError):  # not every batch can be shared among 8
+            chains[devices] = _split_batch(args, devices)
+    args.micro_batch_size, args.accumulation = chains[args.world]
+    args.chain = [f"{n} device(s) x {micro} images x {steps} step(s)" for n, (micro, steps) in chains.items()]
 
 
 def _describe(args: argparse.Namespace, model: CLIPClassifier, num_images: int) -> str:
     """The resolved run in words."""
     (name, size), recipe = args.recipe, RECIPES[args.recipe]
-    every, trained = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (0, 1)
-    )
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     activation = "QuickGELU" if model.config["quick_gelu"] else "GELU"
+    if args.quick_gelu is None and os.path.isfile(args.pretrained):
+        activation += " (was the file trained with it? else --quick-gelu or --no-quick-gelu)"
+    near = "" if (args.name, args.image_size) == args.recipe else ", the nearest"
     lines = {
-        "recipe": f"{name} at {size}"
-        + (", the nearest" if (args.name, args.image_size) != args.recipe else ""),
+        "recipe": f"{name} at {size}{near}",
         "model": f"{args.name} at {args.image_size}, {activation}, {model.head.out_features} classes",
         "weights": f"{args.pretrained}; {trained:,} of {every:,} parameters are trained",
         "images": f"{num_images:,}, in {args.steps_per_epoch:,} steps per epoch",
         "steps": f"{args.total_steps:,} in {args.epochs} epoch(s), {args.warmup_steps:,} of them warm-up",
-        "global batch": "; ".join(args.chain),
+        "global batch": f"{args.batch_size} = {', or '.join(args.chain)}",
         "learning rate": f"{args.lr:.6g} to {args.min_lr:.6g} at the head (recipe: {recipe['lr']:g} at "
         f"batch {recipe['batch_size']}), times {args.layer_decay:g} for each layer below",
         "EMA decay": f"{args.ema_decay:.6g}",
@@ -1134,7 +1134,7 @@ def _train_batches(args: argparse.Namespace, train: FolderDataset, start: int, w
             images, boxes, labels = next(batches)
             wait[0] += time.perf_counter() - began
             # Noise, mixing and drop path follow from the seed, the step and the micro-batch's place i in the
-            # global batch: they are the same on one GPU as on eight, and after a restart.
+            # global batch: the same after a restart and, with as large micro-batches, on one GPU as on eight.
             torch.manual_seed(random.Random(f"{args.seed}/{step}/{i}").getrandbits(63))
             images = train.erasing(normalize(images.to(args.device, non_blocking=True)), boxes.tolist())
             labels = labels.to(args.device, non_blocking=True)
@@ -1142,7 +1142,7 @@ def _train_batches(args: argparse.Namespace, train: FolderDataset, start: int, w
 
 
 LOG_EVERY = 20  # steps: to read a loss is to wait for the GPU
-# What may change when a run goes on: where and how fast it runs, not what it computes.
+# What may change when a run goes on: where, how fast and how precisely it computes, not what.
 FREE = {"data", "output", "device", "rank", "world", "amp", "amp_dtype", "compile", "workers", "eval_every"}
 FREE |= {"save_every", "grad_checkpointing", "micro_batch_size", "literal_micro_batch_size", "accumulation"}
 FREE |= {"chain"}
@@ -1166,17 +1166,14 @@ def _open_output(args: argparse.Namespace, train: FolderDataset) -> tuple[dict, 
     files = "\n".join(os.path.relpath(path, train.root) for path, _ in train.samples)
     config = {key: value for key, value in vars(args).items() if key not in FREE}
     config["images"] = f"{len(train)} ({hashlib.sha256(files.encode()).hexdigest()[:8]})"
-    config = json.loads(json.dumps(config))  # as it comes back from a file
     state = load_checkpoint(last) if last.exists() else None
     if state is None and last.with_name("best.pt").exists():
         raise ValueError(f"{args.output} has a best.pt of another run and no last.pt: give another --output")
     was = state["config"] if state else config
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
     if changes:
-        changes = ", ".join(changes)
-        raise ValueError(
-            f"{last} is of another run ({changes}): give its values to go on, or another --output"
-        )
+        text = ", ".join(changes)
+        raise ValueError(f"{last} is of another run ({text}): give its values to go on, or another --output")
     if dist.is_initialized():  # also, nobody may write before everybody has looked
         views: list = [None] * args.world
         dist.all_gather_object(views, (state and state["step"], config))
@@ -1224,11 +1221,8 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
         say(f"going on        from {last}, step {start:,} of {args.total_steps:,}")
     del state  # twice the memory of model, EMA and optimizer
     unfinished = len(history) < args.epochs
-    use = {
-        "format": "ftclip 1",
-        "model_config": model.config,
-        "classes": train.classes,
-    }  # what load_classifier needs
+    # What load_classifier needs beside weights.
+    use = {"format": "ftclip 1", "model_config": model.config, "classes": train.classes}
 
     def save(step: int) -> None:
         if args.rank == 0:
@@ -1373,7 +1367,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     if args.dry_run and absent:  # the numbers of the demo, or of ImageNet-1k
-        num_images, num_classes = (DEMO_IMAGES["train"] * 6, 6) if args.demo else (1_281_167, 1000)
+        num_images, num_classes = (0, len(DEMO_PATTERNS)) if args.demo else (1_281_167, 1000)
+        num_images = num_images or DEMO_IMAGES["train"] * num_classes
     else:
         randaugment = RandAugment(args.randaug) if args.randaug else None
         crop = {"image_size": args.image_size, "crop_scale": args.crop_scale, "randaugment": randaugment}
@@ -1413,9 +1408,9 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except torch.OutOfMemoryError:
-        sentence = "the GPU's memory is full: halve --micro-batch-size, the result stays the same"
+        sentence = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
     except OSError as error:
-        sentence = f"{error.strerror}: {error.filename}"
+        sentence = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     except ValueError as error:
         # Raised in this file? Perhaps in a loader's worker, whose traceback is then part of the message. Any
         # other is a fault of the program and keeps its traceback.

@@ -171,8 +171,8 @@ def test_dry_run_prints_the_published_runs(model, size, capsys, monkeypatch, tmp
     assert f"{parameters:,} of" in text and "QuickGELU" in text
     assert f"1,281,167, in {steps} steps per epoch" in text
     assert f"{steps * recipe['epochs']:,} in {recipe['epochs']} epoch(s), {warmup:,} of them warm-up" in text
-    assert f"{batch} = 1 device(s) x {micro} images x {batch // micro} accumulation(s)" in text
-    assert f"{batch} = 8 device(s) x {micro} images x {batch // micro // 8} accumulation(s)" in text
+    one, eight = (f"{n} device(s) x {micro} images x {batch // micro // n} step(s)" for n in (1, 8))
+    assert f"{batch} = {one}, or {eight}\n" in text
     assert "EMA decay       0.9998\n" in text
     layers = {"ViT-B-16": 12, "ViT-L-14": 24}[model]
     printed = [float(lr) for lr in re.findall(r"layer \d+ +lr (\S+)", text)]
@@ -1039,6 +1039,25 @@ def test_bf16_training_follows_float32(tiny, data, tmp_path):
         ftclip.main(flags(tiny, data, tmp_path / amp, "--amp", amp))
     losses = [[line["train_loss"] for line in outcome(tmp_path / amp)["metrics"]] for amp in ("none", "bf16")]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@needs_gpu
+@pytest.mark.parametrize("more", ["--amp none", "--amp bf16", "--amp fp16", "--amp bf16 --compile"])
+def test_gpu_training_follows_the_cpu(more, tiny, data, tmp_path):
+    off = shlex.split("--mixup 0 --cutmix 0 --drop-path 0 --random-erasing 0")  # chance drawn on the device
+    ftclip.main(flags(tiny, data, tmp_path / "cpu", *off))
+    ftclip.main(flags(tiny, data, tmp_path / "gpu", *off, "--device", "cuda", *shlex.split(more)))
+    losses = [[line["train_loss"] for line in outcome(tmp_path / name)["metrics"]] for name in ("cpu", "gpu")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@needs_gpu
+def test_one_gpu_under_torchrun_stops_goes_on_and_evaluates(tiny, data, tmp_path):
+    for amp in ("fp16", "bf16"):  # another precision may go on with a run
+        argv = flags(tiny, data, tmp_path / "run", "--device", "cuda", "--amp", amp)
+        assert run(*argv, processes=1, timeout=200).returncode == 0
+    done = run("--eval", "--checkpoint", tmp_path / "run" / "best.pt", "--data", data, processes=1)
+    assert "of 13 right" in done.stdout
 
 
 def test_demo_learns_from_the_command_line(tmp_path):
