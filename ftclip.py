@@ -29,7 +29,6 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -203,7 +202,7 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
                 f"'none' for random weights, or one of its tags: {tags}"
             )
         quick_gelu = tag.get("quick_gelu", False)
-    if torch.get_default_device().type == "meta":
+    if torch.empty(0).device.type == "meta":
         return {}, quick_gelu
     try:
         path = pretrained if os.path.isfile(pretrained) else open_clip.download_pretrained(tag)
@@ -1416,16 +1415,12 @@ def _run() -> int:
         # other is a fault of the program and keeps its traceback.
         text = "".join(traceback.format_exception(error)).rstrip()
         if re.findall(r'File "(.+?)", line', text)[-1] != __file__:
-            raise
+            print(text, file=sys.stderr)
+            return 1
         sentence = text.splitlines()[-1].removeprefix("ValueError: ")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take the following for a crash
-        for (
-            worker
-        ) in multiprocessing.active_children():  # deaf, see _load: Python would wait for them for ever
-            worker.kill()
+    except Exception:  # noqa: BLE001, a fault too, or another process that has gone
+        traceback.print_exc()
+        return 1
     if sentence and os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # rank 0 has most likely met the same, and torchrun now ends the others
     if sentence:
@@ -1434,4 +1429,9 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_run())
+    status = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _load), and, with
+    # some versions of torch, for gloo's threads. Workers end by themselves, seconds after their parent.
+    os._exit(status)

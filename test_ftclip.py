@@ -980,6 +980,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed"))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="2.6's gloo hangs when torchrun restarts it")
 def test_torchrun_restarts_a_run_whose_process_was_killed(tiny, data, tmp_path):
     more = ("--epochs", 12, "--workers", 1, "--save-every", 2)
     ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
