@@ -1432,6 +1432,6 @@ if __name__ == "__main__":
     status = _run()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _load), and, with
-    # some versions of torch, for gloo's threads. Workers end by themselves, seconds after their parent.
+    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _load), and with
+    # some torch versions for gloo's threads. Workers end by themselves, seconds after their parent.
     os._exit(status)

@@ -1239,6 +1239,14 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
         use(cut_out(*together.get(name, (name,)))[name])
 
 
+def test_commands_in_the_documents_are_understood():
+    text = "\n".join((HERE / name).read_text() for name in ("README.md", "recipes.md", "ftclip.py"))
+    commands = re.findall(r"(?:python|torchrun .*) ftclip\.py ?([^`#\n|]*)", text)
+    assert len(commands) > 15
+    for command in commands:
+        ftclip.parse_args(shlex.split(command))
+
+
 def test_import_is_silent_and_starts_nothing():
     code = "import sys, ftclip; print([m for m in ('open_clip', 'timm') if m in sys.modules])"
     command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
