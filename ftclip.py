@@ -1261,8 +1261,7 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
 
     wrapped = torch.compile(model) if args.compile else model
     if dist.is_initialized():
-        gpus = [args.device] if cuda else None
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, gpus, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, [args.device] if cuda else None)
     wait = [0.0]
     batches = _train_batches(args, train, start, wait)
     quiet = args.rank > 0 or not sys.stderr.isatty()
@@ -1432,6 +1431,6 @@ if __name__ == "__main__":
     status = _run()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _load), and with
-    # some torch versions for gloo's threads. Workers end by themselves, seconds after their parent.
+    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _load), and in
+    # torch 2.6 for gloo's threads. Workers end by themselves, seconds after their parent.
     os._exit(status)
