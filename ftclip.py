@@ -68,10 +68,8 @@ COMMON = {
 }
 B16 = COMMON | {"layer_decay": 0.6, "epochs": 50, "warmup_epochs": 10}
 L14 = COMMON | {"layer_decay": 0.65, "epochs": 30, "warmup_epochs": 5}
-LOW_RES, HIGH_RES = (
-    {"freeze_patch_embed": True},
-    {"freeze_patch_embed": False},
-)  # conv1; positions always learn
+# The patch embedding, conv1, is frozen at CLIP's own resolution; the position embeddings always learn.
+LOW_RES, HIGH_RES = {"freeze_patch_embed": True}, {"freeze_patch_embed": False}
 # The four published runs, from the official scripts and logs. lr is the head's, for this global batch, which
 # was 8 GPUs x 256 x 1 accumulation, 8 x 64 x 4, 8 x 64 x 4 and 24 x 20 x 4. All start from weights for 224.
 RECIPES = {
@@ -578,7 +576,7 @@ def train_transform(
     crop_scale: float = 0.08,
     randaugment: Callable[[Image.Image, random.Random], Image.Image] | None = None,
 ) -> Tensor:
-    """A random crop, resized, mirrored or not, and augmented: the part of a sample's way that workers go.
+    """A random crop, resized, perhaps mirrored, augmented: what a loader's workers do with a training image.
 
     Args:
         image: uint8 (3, H, W).
@@ -714,10 +712,9 @@ class MicroBatches(Sampler):
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.num_images // self.batch_size)
             if epoch != shuffled:
-                generator = torch.Generator().manual_seed(
-                    random.Random(f"{self.seed}/{epoch}").getrandbits(63)
-                )
-                order, shuffled = torch.randperm(self.num_images, generator=generator).tolist(), epoch
+                seed, shuffled = random.Random(f"{self.seed}/{epoch}").getrandbits(63), epoch
+                generator = torch.Generator().manual_seed(seed)
+                order = torch.randperm(self.num_images, generator=generator).tolist()
             first = position * self.batch_size + self.rank * share
             for i in range(first, first + share, self.micro_batch_size):
                 yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
@@ -733,13 +730,11 @@ def draw_demo(root: Path) -> None:
             (part / split / name).mkdir(parents=True, exist_ok=True)
             for i in range(per_class):
                 wave = 2 * math.pi / rng.uniform(6, 10)  # radians per pixel
-                ink = (
-                    pattern((x - rng.uniform(0, 32)) * wave, (y - rng.uniform(0, 32)) * wave) > 0
-                )  # (32, 32)
-                colours = [
-                    [rng.randrange(low, low + 100) for _ in range(3)] for low in rng.sample((0, 156), 2)
-                ]
-                image = torch.tensor(colours, dtype=torch.uint8)[ink.long()]  # (32, 32, 3)
+                left, top = rng.uniform(0, 32), rng.uniform(0, 32)
+                ink = (pattern((x - left) * wave, (y - top) * wave) > 0).long()  # (32, 32)
+                dark_and_light = rng.sample((0, 156), 2)
+                colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in dark_and_light]
+                image = torch.tensor(colours, dtype=torch.uint8)[ink]  # (32, 32, 3)
                 Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
     part.rename(root)
 
