@@ -1150,6 +1150,19 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+OUTSIDE = """--image-size 0; --train-blocks -1; --drop-path 1; --epochs 0; --warmup-epochs -1; --batch-size 0
+--micro-batch-size 0; --lr 0; --lr inf; --min-lr -1e-9; --layer-decay 0; --layer-decay 1.1; --weight-decay -1
+--label-smoothing 1; --ema-decay 1; --ema-decay -0.1; --clip-grad -1; --randaug 10.1; --randaug -1
+--random-erasing 1.1; --crop-scale 0; --crop-scale 1.1; --mixup -1; --cutmix -1; --workers -1; --eval-every 0
+--save-every -1; --seed -1; --epochs 1.5; --epochs many; --amp fp8; --device tpu"""
+
+
+@pytest.mark.parametrize("wrong", re.split(r";\s|\n", OUTSIDE))
+def test_a_value_just_outside_what_makes_sense_is_a_wall(wrong):
+    with pytest.raises(ValueError, match=f"argument {wrong.split()[0]}: "):
+        ftclip.parse_args(wrong.split())
+
+
 def test_walls_from_the_command_line_and_from_a_worker(tiny, data, tmp_path):
     done = run(*flags(tiny, broken(data, "unreadable"), tmp_path / "out", "--workers", 2))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
