@@ -24,6 +24,7 @@ command line. "Official" is the paper's code, github.com/LightDXY/FT-CLIP at com
 import argparse
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import hashlib
@@ -1014,7 +1015,30 @@ def _setup(args: argparse.Namespace) -> None:
     if "RANK" in os.environ and not args.dry_run:
         if cuda:
             torch.cuda.set_device(args.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        backend, store = "cpu:gloo,cuda:nccl" if cuda else "gloo", _fresh_store(args.rank, args.world)
+        dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.world)
+
+
+def _fresh_store(rank: int, world: int) -> dist.Store:
+    """torchrun's store, under a prefix that only the living processes share.
+
+    The store outlives a restart by torchrun, and in it the addresses of processes that died, which the new ones
+    would try to reach (torch 2.15, rendezvous.py:204). The number of restarts is no prefix: two nodes may count
+    differently. So each process invents a name, and rank 0 answers to those that call it by its own.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    me = os.urandom(8).hex()
+    if rank == 0:
+        store.set("leader", me)
+        for other in range(1, world):
+            store.set(f"{me} answers {store.get(f'{me}, this is {other}').decode()}", "")
+        return dist.PrefixStore(me, store)
+    while True:
+        leader = store.get("leader").decode()  # perhaps one that has died: then nobody answers
+        store.set(f"{leader}, this is {rank}", me)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"{leader} answers {me}"], datetime.timedelta(seconds=1))
+            return dist.PrefixStore(leader, store)
 
 
 def _split_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
