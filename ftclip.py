@@ -644,7 +644,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
         erasing: whose `sample(height, width, rng)` gives the box.
 
     Raises:
-        ValueError: no such folder, none of classes in it, or none of images in one of those.
+        ValueError: no such folder, no class in it, no image in a class, an unreadable or doubled folder.
     """
 
     def __init__(
@@ -657,12 +657,20 @@ class FolderDataset(torchvision.datasets.ImageFolder):
             raise ValueError(
                 f"no class folders in {root}: {layout} (ImageNet's flat val must be sorted first)"
             )
-        super().__init__(root, transform, loader=loader, allow_empty=True)
         folders: dict[str, str] = {}
-        for folder in {os.path.dirname(path) for path, _ in self.samples}:
+
+        def refuse(
+            error: OSError,
+        ) -> None:  # else os.walk, and torchvision with it, would leave the folder out
+            raise ValueError(
+                f"cannot read {error.filename} ({error.strerror}): make it readable or remove it"
+            )
+
+        for folder, *_ in os.walk(root, onerror=refuse, followlinks=True):
             other = folders.setdefault(os.path.realpath(folder), folder)
             if other != folder:  # a link, perhaps in a circle, would count images twice or in a wrong class
                 raise ValueError(f"{folder} and {other} are one folder: remove the link that makes them two")
+        super().__init__(root, transform, loader=loader, allow_empty=True)
         present = set(self.targets)
         empty = [name for name, label in self.class_to_idx.items() if label not in present]
         if empty:
@@ -825,21 +833,26 @@ def evaluate(
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
-    """Write beside, then rename: under this name there is the old file or the new one, never half of one."""
+    """Write beside, then rename: under this name there is the old file or the new one, never half of one.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"cannot write {path} ({reason}): make room or go elsewhere; the old one is whole"
+            f"cannot write {path} ({reason}): make room or write elsewhere; an older one there is whole"
         ) from None
 
 
@@ -1022,9 +1035,9 @@ def _setup(args: argparse.Namespace) -> None:
 def _fresh_store(rank: int, world: int) -> dist.Store:
     """torchrun's store, under a prefix that only the living processes share.
 
-    The store outlives a restart by torchrun, and in it the addresses of processes that died, which the new ones
-    would try to reach (torch 2.15, rendezvous.py:204). The number of restarts is no prefix: two nodes may count
-    differently. So each process invents a name, and rank 0 answers to those that call it by its own.
+    A restart by torchrun keeps the store, and in it the addresses of processes that died, which their
+    successors would try to reach (torch 2.15, rendezvous.py:204). The number of restarts is no prefix: two
+    nodes may count differently. So each process invents a name, and rank 0 answers those that call its own.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     me = os.urandom(8).hex()
@@ -1200,58 +1213,148 @@ def _open_output(args: argparse.Namespace, train: FolderDataset) -> tuple[dict, 
     return config, state
 
 
+def _say(args: argparse.Namespace, text: str) -> None:
+    """Print, in one process, above the bar if there is one."""
+    if args.rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def _build(args: argparse.Namespace, num_classes: int, config: dict | None = None) -> tuple:
+    """(model, AdamW's parameter groups); with a checkpoint's model_config, no weights file is needed."""
+    fresh = (args.model, num_classes, args.pretrained, args.image_size, args.quick_gelu)
+    again = (config, num_classes, "none", None, None)
+    tuning = (args.drop_path, args.train_blocks, args.freeze_patch_embed, args.grad_checkpointing)
+    model = build_model(*(again if config else fresh), *tuning)
+    num_layers = len(model.trunk.transformer.resblocks)
+    return model, param_groups(model, layer_id, num_layers, args.lr, args.layer_decay, args.weight_decay)
+
+
+class _Run:
+    """All that a run has come to: weights, EMA, optimizer state, history. It starts, or goes on from last.pt.
+
+    Attributes:
+        step: optimizer steps that are done.
+        history: a record for each epoch that is done and evaluated.
+        loss_sum: of the steps of the present epoch.
+    """
+
+    def __init__(self, args: argparse.Namespace, train: FolderDataset) -> None:
+        self.args, self.last = args, Path(args.output, "last.pt")
+        self.config, state = _open_output(args, train)
+        torch.manual_seed(args.seed)
+        self.model, groups = _build(args, len(train.classes), state and state["model_config"])
+        self.model.to(args.device)
+        cuda = args.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=cuda)
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        self.ema = EMA(self.model, args.ema_decay) if args.ema_decay else None
+        self.models = {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
+        self.chosen = list(self.models)[-1]  # best.pt holds the best of these
+        self.use = {"format": "ftclip 1", "model_config": self.model.config, "classes": train.classes}
+        self.step, self.history, self.loss_sum = 0, [], 0.0
+        _say(args, _describe(args, self.model, len(train)))
+        device = torch.cuda.get_device_name(args.device) if cuda else "CPU"
+        _say(args, f"device          {device}, autocast {args.amp}")
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+            if state["scaler"] and args.amp == "fp16":
+                self.scaler.load_state_dict(state["scaler"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            self.step, self.history, self.loss_sum = state["step"], state["history"], state["loss_sum"]
+            _say(args, f"going on        from {self.last}, step {self.step:,} of {args.total_steps:,}")
+
+    def save(self) -> None:
+        """Write last.pt; self.use is what load_classifier needs beside weights."""
+        if self.args.rank == 0:
+            weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.module.state_dict()}
+            rest = {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict()}
+            progress = {key: getattr(self, key) for key in ("config", "step", "history", "loss_sum")}
+            save_checkpoint(self.last, self.use | weights | rest | progress)
+
+    def lr(self, step: int) -> float:
+        """The head's, in a step counted from 0."""
+        args = self.args
+        return lr_at(step, args.total_steps, args.warmup_steps, args.lr, args.min_lr)
+
+    def advance(self, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step, at the schedule's lr, of the model as it is wrapped; this process's loss."""
+        args = self.args
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step) * group["lr_scale"]
+        how = (self.scaler, args.amp_dtype, args.label_smoothing, args.clip_grad)
+        loss = train_step(model.train(), batches, args.accumulation, self.optimizer, *how)
+        if self.ema:
+            self.ema.update(self.model)
+        self.step += 1
+        return loss
+
+    def count(self, losses: list[Tensor]) -> float:
+        """Add the losses of the last steps, as means over the processes; return the last of them.
+
+        Raises:
+            ValueError: one is not finite; in every process, and before it is saved.
+        """
+        means = torch.stack(losses) / self.args.world
+        if dist.is_initialized():
+            dist.all_reduce(means)
+        for step, loss in enumerate(means.tolist(), self.step - len(losses) + 1):
+            self.loss_sum += loss
+            if not math.isfinite(loss):
+                way = f"go on from {self.last}" if self.last.exists() else "start"
+                raise ValueError(
+                    f"the loss is {loss} at step {step} (lr {self.lr(step - 1):.3g}, --amp {self.args.amp}), "
+                    f"which is not saved: {way} with --amp bf16 or none, or anew with a lower --lr"
+                )
+        return loss
+
+    def end_epoch(self, val_batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Evaluate, keep the best weights, and put the epoch on record."""
+        args, epoch = self.args, len(self.history) + 1
+        record = {"epoch": epoch, "train_loss": self.loss_sum / args.steps_per_epoch}
+        text = f"epoch {epoch}/{args.epochs}  train loss {record['train_loss']:.4f}"
+        if epoch % args.eval_every == 0 or epoch == args.epochs:
+            record |= evaluate(self.models, val_batches, args.amp_dtype)
+            text += "".join(f"  {name} top-1 {record[f'{name}_top1']:.2f} %" for name in self.models)
+            top1 = f"{self.chosen}_top1"
+            if args.rank == 0 and all(record[top1] > past[top1] for past in self.history if top1 in past):
+                best = {"model": self.models[self.chosen].state_dict(), "ema": None, "record": record}
+                save_checkpoint(self.last.with_name("best.pt"), self.use | best)
+        self.history.append(record)
+        self.loss_sum = 0.0
+        _say(args, text)
+        if args.rank == 0:
+            lines = [{"config": self.config, "chain": args.chain, "amp": args.amp}, *self.history]
+            part = self.last.with_name("metrics.part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(part, part.with_suffix(".jsonl"))
+
+    def summary(self) -> str:
+        """The best and the last accuracy. The paper's figure is the best epoch of the EMA, chosen on val."""
+        scored = [record for record in self.history if "images" in record]
+        lines = []
+        for name in self.models:
+            best = max(scored, key=lambda record: record[f"{name}_top1"])
+            how = f"epoch {best['epoch']}, chosen on val itself"
+            how += f", in {self.last.with_name('best.pt')}" if name == self.chosen else ""
+            top1, end = best[f"{name}_top1"], scored[-1][f"{name}_top1"]
+            lines.append(f"{name} top-1: best {top1:.2f} % ({how}), last {end:.2f} %")
+        return "\n".join(lines)
+
+
 def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, asked: list[int]) -> None:
     """The run, from its start or from last.pt: steps, and after each epoch a checkpoint and an evaluation.
 
     It ends early, after a step, which it saves, when `asked` has come to hold a signal in any process.
     """
-    cuda, last = args.device.type == "cuda", Path(args.output, "last.pt")
-    config, state = _open_output(args, train)
-
-    def say(text: str) -> None:
-        if args.rank == 0:
-            tqdm.write(text)  # above the bar, if there is one
-            sys.stdout.flush()
-
-    torch.manual_seed(args.seed)
-    fresh = (args.model, len(train.classes), args.pretrained, args.image_size, args.quick_gelu)
-    again = state and (state["model_config"], len(train.classes), "none", None, None)  # needs no weights file
-    tuning = (args.drop_path, args.train_blocks, args.freeze_patch_embed, args.grad_checkpointing)
-    model = build_model(*(again or fresh), *tuning).to(args.device)
-    num_layers = len(model.trunk.transformer.resblocks)
-    groups = param_groups(model, layer_id, num_layers, args.lr, args.layer_decay, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=cuda)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-    ema = EMA(model, args.ema_decay) if args.ema_decay else None
-    models = {"raw": model} | ({"ema": ema.module} if ema else {})
-    chosen = list(models)[-1]  # of these, the one that best.pt holds
-    start, history, loss_sum = 0, [], 0.0  # optimizer steps, a record per epoch, losses of this epoch
-    say(_describe(args, model, len(train)))
-    say(f"device          {torch.cuda.get_device_name(args.device) if cuda else 'CPU'}, autocast {args.amp}")
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-        if state["scaler"] and args.amp == "fp16":
-            scaler.load_state_dict(state["scaler"])
-        if ema:
-            ema.module.load_state_dict(state["ema"])
-        start, history, loss_sum = state["step"], state["history"], state["loss_sum"]
-        say(f"going on        from {last}, step {start:,} of {args.total_steps:,}")
-    del state  # twice the memory of model, EMA and optimizer
-    unfinished = len(history) < args.epochs
-    # What load_classifier needs beside weights.
-    use = {"format": "ftclip 1", "model_config": model.config, "classes": train.classes}
-
-    def save(step: int) -> None:
-        if args.rank == 0:
-            weights = {"model": model.state_dict(), "ema": ema and ema.module.state_dict()}
-            progress = {"config": config, "step": step, "history": history, "loss_sum": loss_sum}
-            rest = {"optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict()}
-            save_checkpoint(last, use | weights | progress | rest)
+    run = _Run(args, train)
+    cuda, first, finished = args.device.type == "cuda", run.step, len(run.history) == args.epochs
 
     def leave() -> None:
         name = signal.Signals(asked[0]).name if asked else "a signal to another process"
-        say(f"stopped by {name}: the same command goes on from {last}")
+        _say(args, f"stopped by {name}: the same command goes on from {run.last}")
         sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
 
     def val_batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -1260,99 +1363,53 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
                 leave()
             yield batch
 
-    def evaluate_epoch(epoch: int) -> None:
-        nonlocal loss_sum
-        record = {"epoch": epoch, "train_loss": loss_sum / args.steps_per_epoch}
-        loss_sum, text = 0.0, f"epoch {epoch}/{args.epochs}  train loss {record['train_loss']:.4f}"
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            record |= evaluate(models, val_batches(), args.amp_dtype)
-            before = [past[f"{chosen}_top1"] for past in history if "images" in past]
-            if args.rank == 0 and all(record[f"{chosen}_top1"] > top1 for top1 in before):
-                best = {"model": models[chosen].state_dict(), "ema": None, "record": record}
-                save_checkpoint(last.with_name("best.pt"), use | best)
-            text += "".join(f"  {name} top-1 {record[f'{name}_top1']:.2f} %" for name in models)
-        history.append(record)
-        say(text)
-        if args.rank == 0:
-            lines = [{"config": config, "chain": args.chain, "amp": args.amp}, *history]
-            last.with_name("metrics.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(last.with_name("metrics.part"), last.with_name("metrics.jsonl"))
-
-    wrapped = torch.compile(model) if args.compile else model
+    model = torch.compile(run.model) if args.compile else run.model
     if dist.is_initialized():
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, [args.device] if cuda else None)
+        model = nn.parallel.DistributedDataParallel(model, [args.device] if cuda else None)
     wait = [0.0]
-    batches = _train_batches(args, train, start, wait)
+    batches = _train_batches(args, train, first, wait)
     quiet = args.rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=args.total_steps, initial=start, unit="step", dynamic_ncols=True, disable=quiet)
+    bar = tqdm(total=args.total_steps, initial=first, unit="step", dynamic_ncols=True, disable=quiet)
     losses: list[Tensor] = []
     began = since = time.perf_counter()
-    for step in range(start, args.total_steps + 1):
-        epoch, rest = divmod(step, args.steps_per_epoch)
-        if not rest and len(history) < epoch:  # an epoch has ended, perhaps before a stop
-            evaluate_epoch(epoch)
+    while True:
+        if run.step == (len(run.history) + 1) * args.steps_per_epoch:  # an epoch ended, perhaps before a stop
+            run.end_epoch(val_batches())
             since, wait[0] = time.perf_counter(), 0.0
-        if step == args.total_steps:
+        if run.step == args.total_steps:
             break
-        model.train()
-        lr = lr_at(step, args.total_steps, args.warmup_steps, args.lr, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        how = (scaler, args.amp_dtype, args.label_smoothing, args.clip_grad)
-        losses.append(train_step(wrapped, batches, args.accumulation, optimizer, *how))
-        if ema:
-            ema.update(model)
+        losses.append(run.advance(model, batches))
         bar.update()
 
-        done, stop = step + 1, torch.tensor(len(asked))
+        stop = torch.tensor(len(asked))
         if dist.is_initialized():
             dist.all_reduce(stop)  # through gloo, between the CPUs: the GPUs are not waited for
         # The first step is saved too: a full disk or a read-only folder shows before an epoch is lost to it.
-        saves = stop.item() or done == 1 or done % args.steps_per_epoch == 0
-        saves = saves or (args.save_every and done % args.save_every == 0)
-        if not saves and done % LOG_EVERY:
+        saves = stop.item() or run.step == 1 or run.step % args.steps_per_epoch == 0
+        saves = saves or (args.save_every and run.step % args.save_every == 0)
+        if not saves and run.step % LOG_EVERY:
             continue
-        means = torch.stack(losses) / args.world
-        if dist.is_initialized():
-            dist.all_reduce(means)
-        for i, loss in enumerate(means.tolist(), done - len(losses) + 1):
-            loss_sum += loss
-            if not math.isfinite(loss):  # found before it is saved
-                way = f"{last} is from before it: go on" if last.exists() else "nothing was saved: start"
-                raise ValueError(
-                    f"the loss is {loss} at step {i} (lr {lr:.3g}, --amp {args.amp}); {way} with --amp bf16 "
-                    "or none, or anew with a lower --lr"
-                )
-        seconds = time.perf_counter() - since
-        text = f"loss {loss:.4f}  lr {lr:.2e}  {len(losses) * args.batch_size / seconds:,.0f} images/s  "
+        loss, seconds = run.count(losses), time.perf_counter() - since
+        text = f"loss {loss:.4f}  lr {run.lr(run.step - 1):.2e}  "
+        text += f"{len(losses) * args.batch_size / seconds:,.0f} images/s  "
         text += f"{wait[0] / seconds:.0%} waiting for data"
         text += f"  {torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB" if cuda else ""
         bar.set_postfix_str(text)
         if quiet:
-            left = (time.perf_counter() - began) / (done - start) * (args.total_steps - done)
-            say(f"step {done:,}/{args.total_steps:,}  {text}  {tqdm.format_interval(left)} left")
+            left = (time.perf_counter() - began) / (run.step - first) * (args.total_steps - run.step)
+            _say(args, f"step {run.step:,}/{args.total_steps:,}  {text}  {tqdm.format_interval(left)} left")
         losses.clear()
         if saves:
-            save(done)
+            run.save()
         if stop.item():
             if dist.is_initialized():
                 dist.barrier()  # the first to go would have the others killed, in their writing
             leave()
         since, wait[0] = time.perf_counter(), 0.0
     bar.close()
-    if unfinished:
-        save(args.total_steps)  # once more, with the last evaluation
-
-    # The paper's figure is the best epoch of the EMA, chosen on the validation images themselves.
-    scored = [record for record in history if "images" in record]
-    for name in models:
-        best = max(scored, key=lambda record: record[f"{name}_top1"])
-        kept = f", in {last.with_name('best.pt')}" if name == chosen else ""
-        top1, end = best[f"{name}_top1"], scored[-1][f"{name}_top1"]
-        say(
-            f"{name} top-1: best {top1:.2f} % (epoch {best['epoch']}, chosen on val itself{kept}), "
-            f"last {end:.2f} %"
-        )
+    if not finished:
+        run.save()  # once more, with the last evaluation
+    _say(args, run.summary())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1401,11 +1458,8 @@ def main(argv: list[str] | None = None) -> None:
             return _train(args, train, val, asked)
 
     with torch.device("meta"):  # shapes without numbers: no time, no memory
-        fresh = (args.model, num_classes, args.pretrained, args.image_size, args.quick_gelu)
-        model = build_model(*fresh, args.drop_path, args.train_blocks, args.freeze_patch_embed)
+        model, groups = _build(args, num_classes)
     print(_describe(args, model, num_images))
-    num_layers = len(model.trunk.transformer.resblocks)
-    groups = param_groups(model, layer_id, num_layers, args.lr, args.layer_decay, args.weight_decay)
     for layer, lr, scale in dict.fromkeys(
         (group["layer"], group["lr"], group["lr_scale"]) for group in groups
     ):

@@ -839,6 +839,33 @@ def test_a_link_that_closes_a_circle_is_a_wall(data, tmp_path):
         ftclip.FolderDataset(str(tmp_path / "train"), ftclip.read_image, ftclip.eval_transform)
 
 
+@contextlib.contextmanager
+def unprivileged():
+    """Root reads and writes everything; this is nobody, in the parts that check permissions."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_folders_that_cannot_be_read_or_written_are_walls(data, tmp_path, monkeypatch):
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "train" / "ant" / "closed").mkdir(mode=0)
+    (tmp_path / "out").mkdir(mode=0o555)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # what is above it stays closed to others
+    with (
+        unprivileged(),
+        pytest.raises(ValueError, match=r"cannot read train/ant/closed \(Permission denied\)"),
+    ):
+        ftclip.FolderDataset("train", ftclip.read_image, ftclip.eval_transform)
+    for path in ("out/last.pt", "out/run/last.pt"):
+        with unprivileged(), pytest.raises(ValueError, match=rf"cannot write {path} \(.*Permission denied"):
+            ftclip.save_checkpoint(path, {})
+
+
 def test_a_full_disk_is_a_wall_and_spares_the_old_file(tmp_path):
     ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -916,7 +943,7 @@ def test_a_stop_during_an_evaluation_loses_nothing(reference, tiny, data, tmp_pa
             patch.setattr(ftclip, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             ftclip.main(argv)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ftclip, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(ftclip, "train_step", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             ftclip.main(argv)
             raise KeyboardInterrupt  # after the last epoch there is no further step
     assert outcome(tmp_path / "run")["metrics"] == outcome(reference)["metrics"][:1]
@@ -934,8 +961,18 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny, data, tmp_path
     monkeypatch.setattr(ftclip, "train_step", poisoned)
     monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run")])
     assert ftclip._run() == 2
-    assert re.search(r"the loss is nan at step 5 \(lr .*last.pt is from before it", capsys.readouterr().err)
+    assert re.search(r"the loss is nan at step 5 \(lr .*go on from .*last.pt with", capsys.readouterr().err)
     assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_a_full_gpu_is_a_sentence_that_names_the_flag(tiny, data, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ftclip, "train_step", full)
+    monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run")])
+    assert ftclip._run() == 2
+    assert re.fullmatch(r"ftclip: the GPU's memory .*--micro-batch-size.*same\n", capsys.readouterr().err)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -956,10 +993,11 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def start(*argv, launcher: tuple = ()) -> subprocess.Popen:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def start(*argv, launcher: tuple = (), log: Path | str = os.devnull) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, SCRIPT, *map(str, argv)], env=environment, **quiet)
+    command = [sys.executable, *launcher, SCRIPT, *map(str, argv)]
+    with open(log, "w") as out:
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
 
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(tiny, data, tmp_path):
@@ -967,7 +1005,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
     more = ("--epochs", 12, "--workers", 1, "--save-every", 2)
     ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
     argv, rng = flags(tiny, data, tmp_path / "run", *more), random.Random(0)
-    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process, last = start(*argv), tmp_path / "run" / "last.pt"
         before = last.stat().st_mtime if last.exists() else 0
         wait_for(lambda: last.exists() and last.stat().st_mtime > before)  # noqa: B023
@@ -989,6 +1027,22 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tiny, data, tmp_path):
     ranks = [pid for pid in processes_of(tmp_path / "run") if parent_of(pid) == run.pid]
     os.kill(max(ranks), signal.SIGKILL)
     assert run.wait(120) == 0 and not processes_of(tmp_path / "run")
+    assert far(tmp_path / "run", tmp_path / "undisturbed") < 1e-5
+
+
+def test_a_signal_to_torchrun_ends_all_processes_with_their_state_saved(tiny, data, tmp_path):
+    more = ("--epochs", 12, "--workers", 1)
+    ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
+    argv, last = flags(tiny, data, tmp_path / "run", *more), tmp_path / "run" / "last.pt"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run = start(*argv, launcher=launcher, log=tmp_path / "log")
+    wait_for(last.exists)
+    time.sleep(0.5)
+    run.terminate()
+    assert run.wait(20) and not processes_of(tmp_path / "run")
+    assert "stopped by SIGTERM: the same command goes on" in (tmp_path / "log").read_text()
+    assert ftclip.load_checkpoint(last)["step"] < 36
+    ftclip.main(argv)
     assert far(tmp_path / "run", tmp_path / "undisturbed") < 1e-5
 
 
@@ -1110,7 +1164,7 @@ WALLS = {  # what is wrong → what the sentence must name
     "--amp fp16": "needs a GPU",
     "--output {reference}": r"of another run \(.*random_erasing .* → 0.1",
     "--output {best}": "no last.pt",
-    "--output {weights}/below": "Not a directory: .*below",
+    "--output {weights}/below": "cannot write .*below/last.pt .*Not a directory",
     "--output {reference} --data {fewer}": r"of another run \(.*images 48 .* → 47",
     "--eval": "--checkpoint",
     "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt has 1 class\(es\) \(wasp\)",
