@@ -1,12 +1,16 @@
 """Kill runs at random moments until there were enough kills, and compare what they end with, bit for bit.
 
-    python benchmarks/kill_test.py --kills 50
+    python benchmarks/kill_test.py --kills 50 --restarts 10
 
 Half of the runs have 1 process, half have 2 under torchrun; half of the kills are SIGKILL to every process at
 once (a machine that goes away), half are SIGTERM (a cluster that takes it back; torchrun passes it on). Each
 killed run is started again with the same command until it ends, and must then equal a run that nothing
 disturbed: weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing are on. No process may
 stay behind.
+
+Then, --restarts times on one torchrun with two processes and as often on two with one each (two nodes, on the
+loopback address), one process is killed at a random moment, and torchrun's own --max-restarts 1 must bring the
+run to the same end.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import os
 import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -40,20 +46,25 @@ def main() -> None:
     (root / "tiny.json").write_text(json.dumps(test_ftclip.TINY))
     test_ftclip.draw_data(root / "data")
 
-    def start(folder: Path, processes: int) -> subprocess.Popen:
+    def start(folder: Path, processes: int, nodes: int = 1, restarts: int = 0) -> list[subprocess.Popen]:
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            how = f"--nnodes {nodes} --nproc_per_node {processes // nodes} --max-restarts {restarts} "
+            how += f"--rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port}"
+            launcher += ["-m", "torch.distributed.run", *how.split()]
         more = shlex.split("--epochs 40 --workers 1 --save-every 2")
         flags = test_ftclip.flags(str(root / "tiny.json"), root / "data", folder, *more)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([*launcher, str(SCRIPT), *flags], env=environment, **quiet)
+        command = [*launcher, str(SCRIPT), *flags]
+        return [subprocess.Popen(command, env=environment, **quiet) for _ in range(nodes)]
 
     references, durations = {}, {}
     for processes in (1, 2):
         began = time.time()
-        assert start(root / f"reference{processes}", processes).wait() == 0
+        assert start(root / f"reference{processes}", processes)[0].wait() == 0
         references[processes] = test_ftclip.outcome(root / f"reference{processes}")
         durations[processes] = time.time() - began
     print("undisturbed:", {n: f"{seconds:.1f} s" for n, seconds in durations.items()}, flush=True)
@@ -66,7 +77,7 @@ def main() -> None:
         folder = root / f"run{runs}"
         here = 0
         while True:
-            run = start(folder, processes)
+            (run,) = start(folder, processes)
             # Start-up takes most of a short run: aim at the rest of it, but not only.
             try:
                 status = run.wait(rng.uniform(0.3, 0.7) * durations[processes] if here < 12 else None)
@@ -92,6 +103,23 @@ def main() -> None:
         runs, equal = runs + 1, equal + same
         print(f"run {runs}: {processes} process(es), {here} kills, equal: {same}; so far {kills}", flush=True)
     print(f"{equal} of {runs} runs equal after {kills}; SIGTERM took at most {slowest:.1f} s")
+
+    for nodes in (1, 2):
+        for i in range(args.restarts):
+            folder = root / f"restart{nodes}.{i}"
+            agents = start(folder, 2, nodes, restarts=1)
+            test_ftclip.wait_for((folder / "last.pt").exists)
+            time.sleep(rng.uniform(0, 0.3) * durations[2])
+            parents = {agent.pid for agent in agents}
+            workers = [
+                pid for pid in test_ftclip.processes_of(folder) if test_ftclip.parent_of(pid) in parents
+            ]
+            os.kill(rng.choice(workers), signal.SIGKILL)
+            statuses = [agent.wait(120) for agent in agents]
+            same = not any(statuses) and test_ftclip.same(test_ftclip.outcome(folder), references[2])
+            runs, equal = runs + 1, equal + same
+            print(f"restart {i} on {nodes} node(s): {statuses}, equal: {same}", flush=True)
+    print(f"{equal} of {runs} runs equal")
     sys.exit(equal != runs)
 
 
