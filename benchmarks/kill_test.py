@@ -8,9 +8,9 @@ killed run is started again with the same command until it ends, and must then e
 disturbed: weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing are on. No process may
 stay behind.
 
-Then, --restarts times on one torchrun with two processes and as often on two with one each (two nodes, on the
-loopback address), one process is killed at a random moment, and torchrun's own --max-restarts 1 must bring the
-run to the same end.
+Then, --restarts times under one torchrun with two processes and as often under two with one each (two nodes,
+on the loopback address), one process is killed at a random moment, and torchrun's own --max-restarts 1 must
+bring the run to the same end.
 """
 
 import argparse
