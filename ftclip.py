@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 COMMON = {
     "pretrained": "openai",
-    "min_lr": 1e-6,  # of the head; that of a deeper layer is smaller, like its lr
+    "min_lr": 1e-6,  # of the head; that of a layer below is smaller, like its lr
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
     "drop_path": 0.0,
@@ -133,7 +133,9 @@ class CLIPClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of normalised images (N, 3, S, S)."""
         tokens = self.trunk(images)[:, 1:]  # (N, patches, width)
-        return self.head(self.norm(tokens).mean(dim=1))
+        features = self.norm(tokens).mean(dim=1)
+        with torch.autocast(images.device.type, enabled=False):  # bf16 logits would tie in an evaluation
+            return self.head(features.float())
 
 
 def model_config(model: str | dict) -> dict:
@@ -217,7 +219,8 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
         ) from None
     if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
         weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
-    weights = {name: value for name, value in weights.items() if name != "proj" and name[:8] != "ln_post."}
+    unused = ("proj", "ln_post.weight", "ln_post.bias")
+    weights = {name: value for name, value in weights.items() if name not in unused}
     if "positional_embedding" not in weights:
         raise ValueError(
             f"--pretrained {pretrained} holds no CLIP ViT but {list(weights)[:3]} ...: give CLIP weights"
@@ -252,7 +255,8 @@ def build_model(
         grad_checkpointing: compute the blocks again in the backward pass, to save memory.
 
     Returns:
-        The classifier. Its `config` is the resolved configuration, from which the same model can be built.
+        The classifier. Its `config` is the resolved configuration, from which the same model can be built;
+        `activation_guessed` tells that neither the weights nor quick_gelu said which activation is right.
 
     Raises:
         ValueError: an unknown model or tag, an image size that is not a multiple of the patch, more blocks
@@ -271,6 +275,7 @@ def build_model(
             f"{near + patch}"
         )
     weights, needs_quick_gelu = ({}, None) if pretrained == "none" else load_weights(name, pretrained)
+    guessed = quick_gelu is None and needs_quick_gelu is None and pretrained != "none"
     if quick_gelu is None:  # GELU where QuickGELU belongs would cost accuracy in silence
         quick_gelu = config["quick_gelu"] if needs_quick_gelu is None else needs_quick_gelu
     config["quick_gelu"], vision["image_size"] = quick_gelu, image_size
@@ -281,7 +286,7 @@ def build_model(
     # All tokens, as the last block leaves them. ln_post and proj, unused, would get no gradient and stop DDP.
     trunk.ln_post, trunk.proj, trunk.pool_type, trunk.output_tokens = nn.Identity(), None, "none", False
     classifier = CLIPClassifier(trunk, vision["width"], num_classes)
-    classifier.config = config
+    classifier.config, classifier.activation_guessed = config, guessed
 
     if weights:
         positions, grid = weights["positional_embedding"].float(), image_size // patch
@@ -450,12 +455,15 @@ def read_image(path: str | os.PathLike) -> Tensor:
     except (RuntimeError, AttributeError):
         try:
             with Image.open(path) as file:
-                image = v2.functional.pil_to_tensor(file.convert("RGB"))
+                mode = "I" if file.mode.startswith("I") else "RGB"  # I: 16 bits of grey, in 32
+                image = v2.functional.pil_to_tensor(file.convert(mode))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read image {path} ({error}): repair or replace it") from None
     if image.ndim == 4:  # an animation: its first frame
         image = image[0]
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)  # 16 bits to 8
+    if image.dtype != torch.uint8:  # 16 bits to 8
+        image = (image.int() >> 8).to(torch.uint8)
+    return image.expand(3, -1, -1)
 
 
 class RandAugment:
@@ -626,7 +634,12 @@ def eval_transform(image: Tensor | Image.Image, image_size: int = 224) -> Tensor
 def normalize(images: Tensor) -> Tensor:
     """uint8 images (..., 3, H, W) as float32, with mean and standard deviation of CLIP's training images."""
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    return v2.functional.normalize(images.float() / 255, mean, std, inplace=True)
+    images = images.float() / 255
+    for channel in range(
+        3
+    ):  # by numbers: tensors of them would be copied to the GPU, which is to wait for it
+        images[..., channel, :, :].sub_(mean[channel]).div_(std[channel])
+    return images
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -659,12 +672,9 @@ class FolderDataset(torchvision.datasets.ImageFolder):
             )
         folders: dict[str, str] = {}
 
-        def refuse(
-            error: OSError,
-        ) -> None:  # else os.walk, and torchvision with it, would leave the folder out
-            raise ValueError(
-                f"cannot read {error.filename} ({error.strerror}): make it readable or remove it"
-            )
+        def refuse(error: OSError) -> None:  # else the folder would be left out in silence
+            why = f"{error.strerror}): make it readable or remove it"
+            raise ValueError(f"cannot read {error.filename} ({why}")
 
         for folder, *_ in os.walk(root, onerror=refuse, followlinks=True):
             other = folders.setdefault(os.path.realpath(folder), folder)
@@ -775,9 +785,9 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for i, (images, labels) in zip(range(accumulation), micro_batches):  # range first: it takes none too many
-        exchange = i == accumulation - 1 or not hasattr(model, "no_sync")
-        with contextlib.nullcontext() if exchange else model.no_sync():
+    for i, (images, labels) in zip(range(accumulation), micro_batches):  # range first, to draw none too many
+        sync = i == accumulation - 1 or not hasattr(model, "no_sync")
+        with contextlib.nullcontext() if sync else model.no_sync():
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
                 loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing) / accumulation
             scaler.scale(loss).backward()
@@ -807,28 +817,23 @@ def evaluate(
         "NAME_top1" and "NAME_top5" in per cent, "NAME_correct" in images, for each model, and "images".
     """
     device = next(next(iter(models.values())).parameters()).device
-    counts = torch.zeros(
-        len(models) + 1, 2, dtype=torch.long, device=device
-    )  # a row per model, then the images
+    counts = torch.zeros(len(models), 3, dtype=torch.long, device=device)  # right at first, in five, images
     for model in models.values():
         model.eval()
     for images, labels in batches:
-        counts[-1] += len(labels)
         for row, model in zip(counts, models.values()):
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(images)
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
-            row += torch.stack([hits[:, 0].sum(), hits.sum()])
+            row[0] += hits[:, 0].sum()
+            row[1] += hits.sum()
+            row[2] += len(labels)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
-    *rows, (total, _) = counts.tolist()
-    result: dict[str, float] = {"images": total}
-    for name, (first, five) in zip(models, rows):
-        result |= {
-            f"{name}_top1": 100 * first / total,
-            f"{name}_top5": 100 * five / total,
-            f"{name}_correct": first,
-        }
+    result: dict[str, float] = {}
+    for name, (top1, top5, total) in zip(models, counts.tolist()):
+        result |= {f"{name}_top1": 100 * top1 / total, f"{name}_top5": 100 * top5 / total}
+        result |= {f"{name}_correct": top1, "images": total}
     return result
 
 
@@ -1007,7 +1012,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _setup(args: argparse.Namespace) -> None:
     """Choose the device and the precision, and join the processes that torchrun started; all into args."""
     env = os.environ.get
-    args.rank, args.world = int(env("RANK", "0")), int(env("WORLD_SIZE", "1"))
+    launched = "RANK" in os.environ
+    args.rank, args.world = (int(env("RANK")), int(env("WORLD_SIZE"))) if launched else (0, 1)
     local_rank = int(env("LOCAL_RANK", "0"))
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda and local_rank >= torch.cuda.device_count():
@@ -1025,7 +1031,7 @@ def _setup(args: argparse.Namespace) -> None:
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = max(1, cores // int(env("LOCAL_WORLD_SIZE", "1")))
-    if "RANK" in os.environ and not args.dry_run:
+    if launched and not args.dry_run:
         if cuda:
             torch.cuda.set_device(args.device)
         backend, store = "cpu:gloo,cuda:nccl" if cuda else "gloo", _fresh_store(args.rank, args.world)
@@ -1059,17 +1065,17 @@ def _split_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
 
     A micro-batch size that was not given by hand is a limit: the largest one below it that divides is taken.
     """
-    share, micro = args.batch_size // world, args.micro_batch_size
-    if share and not args.literal_micro_batch_size:
-        micro = max(m for m in range(1, min(share, micro) + 1) if share % m == 0)
-    unit = world * (micro if args.literal_micro_batch_size else 1)
-    if args.batch_size % unit:
-        size = args.batch_size
+    size, literal = args.batch_size, args.literal_micro_batch_size
+    unit = world * (args.micro_batch_size if literal else 1)
+    if size % unit:
         below, above = size // unit * unit, (size // unit + 1) * unit
         raise ValueError(
             f"--batch-size {size} is not a multiple of {world} device(s) x {unit // world} image(s): "
             f"try {f'{below} or ' if below else ''}{above}, or another --micro-batch-size"
         )
+    share = size // world
+    limit = min(share, args.micro_batch_size)
+    micro = limit if literal else max(m for m in range(1, limit + 1) if share % m == 0)
     return micro, share // micro
 
 
@@ -1081,7 +1087,7 @@ def _plan(args: argparse.Namespace, num_images: int) -> None:
             f"--batch-size {args.batch_size} is more than the {num_images} training images: lower it"
         )
     args.total_steps = args.epochs * args.steps_per_epoch
-    args.warmup_steps = round(args.warmup_epochs * args.steps_per_epoch)
+    args.warmup_steps = min(round(args.warmup_epochs * args.steps_per_epoch), args.total_steps - 1)
     if args.ema_decay is None:  # 0.9998 in the paper's runs; a memory of at most a third of the run
         args.ema_decay = 1 - 1 / max(2, min(5000, args.total_steps / 3))
     chains = {args.world: _split_batch(args, args.world)}
@@ -1095,16 +1101,16 @@ def _plan(args: argparse.Namespace, num_images: int) -> None:
 def _describe(args: argparse.Namespace, model: CLIPClassifier, num_images: int) -> str:
     """The resolved run in words."""
     (name, size), recipe = args.recipe, RECIPES[args.recipe]
-    every = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     activation = "QuickGELU" if model.config["quick_gelu"] else "GELU"
-    if args.quick_gelu is None and os.path.isfile(args.pretrained):
+    if model.activation_guessed:
         activation += " (was the file trained with it? else --quick-gelu or --no-quick-gelu)"
     near = "" if (args.name, args.image_size) == args.recipe else ", the nearest"
     lines = {
         "recipe": f"{name} at {size}{near}",
         "model": f"{args.name} at {args.image_size}, {activation}, {model.head.out_features} classes",
-        "weights": f"{args.pretrained}; {trained:,} of {every:,} parameters are trained",
+        "weights": f"{args.pretrained}; {trained:,} of {total:,} parameters are trained",
         "images": f"{num_images:,}, in {args.steps_per_epoch:,} steps per epoch",
         "steps": f"{args.total_steps:,} in {args.epochs} epoch(s), {args.warmup_steps:,} of them warm-up",
         "global batch": f"{args.batch_size} = {', or '.join(args.chain)}",
@@ -1131,23 +1137,23 @@ def _same_classes(ours: list[str], where: str, theirs: list[str], there: str) ->
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def _load(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
-    """Iterate a DataLoader whose workers are deaf to SIGTERM and Ctrl-C, which reach all processes at once.
+def _deaf(_: int) -> None:
+    """What a loader's worker does first: stop signals reach it too, but its parent still needs it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
-    Their parent still needs them to finish its step; it ends them afterwards.
-    """
-    cuda = args.device.type == "cuda"
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit this
-    try:
-        return iter(DataLoader(images, num_workers=args.workers, pin_memory=cuda, **how))
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+def _iterate(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
+    """Batches from a DataLoader, made by as many workers as wanted."""
+    pin_memory = args.device.type == "cuda"
+    return iter(
+        DataLoader(images, num_workers=args.workers, pin_memory=pin_memory, worker_init_fn=_deaf, **how)
+    )
 
 
 def _val_batches(args: argparse.Namespace, val: FolderDataset) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the validation images, for evaluate: each image in exactly one process."""
     share = Subset(val, range(args.rank, len(val), args.world))
-    for images, labels in _load(args, share, batch_size=args.micro_batch_size):
+    for images, labels in _iterate(args, share, batch_size=args.micro_batch_size):
         yield normalize(images.to(args.device, non_blocking=True)), labels.to(args.device, non_blocking=True)
 
 
@@ -1156,7 +1162,7 @@ def _train_batches(args: argparse.Namespace, train: FolderDataset, start: int, w
     shape = (len(train), args.batch_size, args.micro_batch_size)
     keys = MicroBatches(*shape, start, args.total_steps, args.seed, args.rank, args.world)
     # One loader for the whole run: its workers read ahead into the next epoch while this one is evaluated.
-    batches = _load(args, train, batch_sampler=keys)
+    batches = _iterate(args, train, batch_sampler=keys)
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(train.classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(train.classes))] if args.cutmix else []
     for step in range(start, args.total_steps):
@@ -1181,9 +1187,15 @@ FREE |= {"chain"}
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C do nothing in here but to be appended to the list."""
+    """In here, SIGTERM and Ctrl-C are only recorded, in the list; the second of two does no more than one."""
     asked: list[int] = []
-    old = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+
+    def record(number: int, _) -> None:
+        if not asked:  # not print: the signal may have come in the midst of one
+            os.write(2, b"\nftclip: stopping when this step is done and saved\n")
+        asked.append(number)
+
+    old = {number: signal.signal(number, record) for number in STOP_SIGNALS}
     try:
         yield asked
     finally:
@@ -1222,10 +1234,10 @@ def _say(args: argparse.Namespace, text: str) -> None:
 
 def _build(args: argparse.Namespace, num_classes: int, config: dict | None = None) -> tuple:
     """(model, AdamW's parameter groups); with a checkpoint's model_config, no weights file is needed."""
-    fresh = (args.model, num_classes, args.pretrained, args.image_size, args.quick_gelu)
-    again = (config, num_classes, "none", None, None)
-    tuning = (args.drop_path, args.train_blocks, args.freeze_patch_embed, args.grad_checkpointing)
-    model = build_model(*(again if config else fresh), *tuning)
+    start = ("model", "pretrained", "image_size", "quick_gelu")
+    start = {"model": config} if config else {key: getattr(args, key) for key in start}
+    tuning = ("drop_path", "train_blocks", "freeze_patch_embed", "grad_checkpointing")
+    model = build_model(num_classes=num_classes, **start, **{key: getattr(args, key) for key in tuning})
     num_layers = len(model.trunk.transformer.resblocks)
     return model, param_groups(model, layer_id, num_layers, args.lr, args.layer_decay, args.weight_decay)
 
@@ -1251,6 +1263,7 @@ class _Run:
         self.ema = EMA(self.model, args.ema_decay) if args.ema_decay else None
         self.models = {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
         self.chosen = list(self.models)[-1]  # best.pt holds the best of these
+        # What load_classifier needs beside weights.
         self.use = {"format": "ftclip 1", "model_config": self.model.config, "classes": train.classes}
         self.step, self.history, self.loss_sum = 0, [], 0.0
         _say(args, _describe(args, self.model, len(train)))
@@ -1267,7 +1280,7 @@ class _Run:
             _say(args, f"going on        from {self.last}, step {self.step:,} of {args.total_steps:,}")
 
     def save(self) -> None:
-        """Write last.pt; self.use is what load_classifier needs beside weights."""
+        """Write last.pt."""
         if self.args.rank == 0:
             weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.module.state_dict()}
             rest = {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict()}
@@ -1295,19 +1308,26 @@ class _Run:
         """Add the losses of the last steps, as means over the processes; return the last of them.
 
         Raises:
-            ValueError: one is not finite; in every process, and before it is saved.
+            ValueError: one is not finite, or a weight; in every process, and before it is saved.
         """
-        means = torch.stack(losses) / self.args.world
+        args, step = self.args, self.step
+        means = torch.stack(losses) / args.world
         if dist.is_initialized():
             dist.all_reduce(means)
-        for step, loss in enumerate(means.tolist(), self.step - len(losses) + 1):
-            self.loss_sum += loss
-            if not math.isfinite(loss):
-                way = f"go on from {self.last}" if self.last.exists() else "start"
+        means = means.tolist()
+        # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
+        norm = torch.stack(torch._foreach_norm(list(self.model.parameters()))).sum().item()
+        found = [("loss", i, loss) for i, loss in enumerate(means, step - len(means))]
+        for what, i, value in [*found, ("norm of the weights", step - 1, norm)]:
+            if not math.isfinite(value):
+                before = f"; {self.last} is from before it" if self.last.exists() else ""
+                safer = "" if args.amp == "none" else "go on with --amp none, or "
                 raise ValueError(
-                    f"the loss is {loss} at step {step} (lr {self.lr(step - 1):.3g}, --amp {self.args.amp}), "
-                    f"which is not saved: {way} with --amp bf16 or none, or anew with a lower --lr"
+                    f"the {what} is {value} at step {i + 1} (lr {self.lr(i):.3g}, --amp {args.amp}){before}: "
+                    f"{safer}start anew, with a lower --lr and another --output"
                 )
+        for loss in means:  # one by one: the same bits, wherever a stop has cut the epoch
+            self.loss_sum += loss
         return loss
 
     def end_epoch(self, val_batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -1347,7 +1367,8 @@ class _Run:
 def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, asked: list[int]) -> None:
     """The run, from its start or from last.pt: steps, and after each epoch a checkpoint and an evaluation.
 
-    It ends early, after a step, which it saves, when `asked` has come to hold a signal in any process.
+    It ends early when `asked` has come to hold a signal: in any process, after a step, which is then saved;
+    or in this one, within an evaluation, before which everything was saved.
     """
     run = _Run(args, train)
     cuda, first, finished = args.device.type == "cuda", run.step, len(run.history) == args.epochs
@@ -1372,12 +1393,11 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
     bar = tqdm(total=args.total_steps, initial=first, unit="step", dynamic_ncols=True, disable=quiet)
     losses: list[Tensor] = []
     began = since = time.perf_counter()
-    while True:
+    while len(run.history) < args.epochs:
         if run.step == (len(run.history) + 1) * args.steps_per_epoch:  # an epoch ended, perhaps before a stop
             run.end_epoch(val_batches())
             since, wait[0] = time.perf_counter(), 0.0
-        if run.step == args.total_steps:
-            break
+            continue
         losses.append(run.advance(model, batches))
         bar.update()
 
@@ -1413,7 +1433,7 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what the flags say. Nothing is written before everything has been checked.
+    """Do what the flags say. Nothing but the demo's images is written before everything has been checked.
 
     Raises:
         ValueError: what the user can put right, in one sentence.
@@ -1430,9 +1450,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval:
         model, classes, _ = load_classifier(args.checkpoint, args.device)
         size = model.config["vision_cfg"]["image_size"]
-        val = FolderDataset(
-            f"{args.data}/val", read_image, functools.partial(eval_transform, image_size=size)
-        )
+        middle = functools.partial(eval_transform, image_size=size)
+        val = FolderDataset(f"{args.data}/val", read_image, middle)
         _same_classes(classes, args.checkpoint, val.classes, val.root)
         result = evaluate({"model": model}, _val_batches(args, val), args.amp_dtype)
         if args.rank == 0:
@@ -1459,11 +1478,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with torch.device("meta"):  # shapes without numbers: no time, no memory
         model, groups = _build(args, num_classes)
-    print(_describe(args, model, num_images))
-    for layer, lr, scale in dict.fromkeys(
-        (group["layer"], group["lr"], group["lr_scale"]) for group in groups
-    ):
-        print(f"layer {layer:<9} lr {lr:.4e} = {args.lr:g} x {scale:.6g}")
+    _say(args, _describe(args, model, num_images))
+    for layer, scale in dict.fromkeys((group["layer"], group["lr_scale"]) for group in groups):
+        _say(args, f"layer {layer:<9} lr {args.lr * scale:.4e} = {args.lr:g} x {scale:.6g}")
 
 
 def _run() -> int:
@@ -1504,6 +1521,6 @@ if __name__ == "__main__":
     status = _run()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _load), and in
+    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _deaf), and in
     # torch 2.6 for gloo's threads. Workers end by themselves, seconds after their parent.
     os._exit(status)
