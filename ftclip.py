@@ -1144,10 +1144,10 @@ def _deaf(_: int) -> None:
 
 def _iterate(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
     """Batches from a DataLoader, made by as many workers as wanted."""
-    pin_memory = args.device.type == "cuda"
-    return iter(
-        DataLoader(images, num_workers=args.workers, pin_memory=pin_memory, worker_init_fn=_deaf, **how)
-    )
+    # Python 3.14 starts workers afresh, seconds in which a stop signal still ends them; here they are forked.
+    how["multiprocessing_context"] = "fork" if args.workers and sys.platform == "linux" else None
+    how["pin_memory"] = args.device.type == "cuda"
+    return iter(DataLoader(images, num_workers=args.workers, worker_init_fn=_deaf, **how))
 
 
 def _val_batches(args: argparse.Namespace, val: FolderDataset) -> Iterator[tuple[Tensor, Tensor]]:

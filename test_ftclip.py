@@ -199,6 +199,10 @@ def test_lr_scales_with_the_batch_size_unless_given_by_hand():
     assert ftclip.parse_args(["--batch-size", "512"]).lr == pytest.approx(6e-4 / 4)
     assert ftclip.parse_args(["--batch-size", "512", "--lr", "6e-4"]).lr == 6e-4
     assert ftclip.parse_args(["--epochs", "25"]).warmup_epochs == 5
+    args = ftclip.parse_args(["--epochs", "1", "--warmup-epochs", "0.9", "--batch-size", "8"])
+    args.world = 1
+    ftclip._plan(args, 9)
+    assert (args.total_steps, args.warmup_steps) == (1, 0)  # or else it would learn at lr 0
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -248,6 +252,8 @@ def test_forward_pass_equals_plain_tensor_algebra(mode):
     torch.testing.assert_close(
         model(images).double(), reference_logits(model, images, 2), rtol=1e-4, atol=1e-5
     )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.float32  # not rounded to eight bits, which would tie
 
 
 def test_class_token_reaches_the_output_only_through_attention():
