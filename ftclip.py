@@ -26,6 +26,7 @@ import contextlib
 import copy
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import json
@@ -162,7 +163,9 @@ def model_config(model: str | dict) -> dict:
         if config is None:
             near = ", ".join(difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.3))
             raise ValueError(f"--model {model} is neither a file nor a model of open_clip's; near it: {near}")
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
+    if not (
+        isinstance(config, dict) and "embed_dim" in config and isinstance(config.get("vision_cfg"), dict)
+    ):
         raise ValueError(f"--model {name} is no model configuration: give JSON with embed_dim and vision_cfg")
     vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
     if "timm_model_name" in vision or isinstance(vision["layers"], list) or vision.get("attentional_pool"):
@@ -282,7 +285,10 @@ def build_model(
 
     # open_clip builds towers in pairs: ask for the smallest text tower, and drop it at once.
     text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
-    trunk = open_clip.CLIP(**config, text_cfg=text).visual
+    try:
+        trunk = open_clip.CLIP(**config, text_cfg=text).visual
+    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
+        raise ValueError(f"--model {name}: open_clip cannot build {vision} ({error}): correct it") from None
     # All tokens, as the last block leaves them. ln_post and proj, unused, would get no gradient and stop DDP.
     trunk.ln_post, trunk.proj, trunk.pool_type, trunk.output_tokens = nn.Identity(), None, "none", False
     classifier = CLIPClassifier(trunk, vision["width"], num_classes)
@@ -444,26 +450,25 @@ class EMA:
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
 
-    torchvision decodes JPEG, PNG, GIF and WebP, twice as fast as Pillow, which reads whatever else there is
-    (and everything, once torchvision has dropped its decoders, as 0.29 announces).
+    torchvision decodes JPEG, twice as fast as Pillow, which reads all else (and JPEG too, once torchvision
+    has dropped its decoders, as 0.29 announces). torchvision 0.29.2 can crash at a damaged PNG.
 
     Raises:
         ValueError: not a whole image.
     """
     try:
-        image = torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-    except (RuntimeError, AttributeError):
-        try:
-            with Image.open(path) as file:
-                mode = "I" if file.mode.startswith("I") else "RGB"  # I: 16 bits of grey, in 32
-                image = v2.functional.pil_to_tensor(file.convert(mode))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {path} ({error}): repair or replace it") from None
-    if image.ndim == 4:  # an animation: its first frame
-        image = image[0]
-    if image.dtype != torch.uint8:  # 16 bits to 8
-        image = (image.int() >> 8).to(torch.uint8)
-    return image.expand(3, -1, -1)
+        with open(path, "rb") as file:
+            jpeg = file.read(2) == b"\xff\xd8"
+        if jpeg:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+        with Image.open(path) as file:
+            if not file.mode.startswith("I"):
+                return v2.functional.pil_to_tensor(file.convert("RGB"))
+            grey = v2.functional.pil_to_tensor(file.convert("I"))  # 16 bits, in 32
+            return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path} ({error}): repair or replace it") from None
 
 
 class RandAugment:
@@ -656,9 +661,14 @@ class FolderDataset(torchvision.datasets.ImageFolder):
         transform: for training (image, rng) → image, for evaluation image → image.
         erasing: whose `sample(height, width, rng)` gives the box.
 
+    Attributes:
+        left_out: files in the class folders that are no images by their names.
+
     Raises:
         ValueError: no such folder, no class in it, no image in a class, an unreadable or doubled folder.
     """
+
+    IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
     def __init__(
         self, root: str, loader: Callable, transform: Callable, erasing: Callable | None = None, seed: int = 0
@@ -676,11 +686,15 @@ class FolderDataset(torchvision.datasets.ImageFolder):
             why = f"{error.strerror}): make it readable or remove it"
             raise ValueError(f"cannot read {error.filename} ({why}")
 
-        for folder, *_ in os.walk(root, onerror=refuse, followlinks=True):
+        is_image = lambda name: name.lower().endswith(self.IMAGES)  # noqa: E731
+        self.left_out = []
+        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
             other = folders.setdefault(os.path.realpath(folder), folder)
             if other != folder:  # a link, perhaps in a circle, would count images twice or in a wrong class
                 raise ValueError(f"{folder} and {other} are one folder: remove the link that makes them two")
-        super().__init__(root, transform, loader=loader, allow_empty=True)
+            if folder != root:
+                self.left_out += [f"{folder}/{name}" for name in files if not is_image(name)]
+        super().__init__(root, transform, loader=loader, is_valid_file=is_image, allow_empty=True)
         present = set(self.targets)
         empty = [name for name, label in self.class_to_idx.items() if label not in present]
         if empty:
@@ -855,10 +869,11 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"cannot write {path} ({reason}): make room or write elsewhere; an older one there is whole"
-        ) from None
+        while error.__context__ and not isinstance(error, OSError):  # why torch's writer failed
+            error = error.__context__
+        old = "; the older one is whole" if os.path.exists(path) else ""
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere{old}") from None
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -868,9 +883,15 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         ValueError: the file is missing, damaged, or no ftclip checkpoint.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # by the checksums, at which torch does not look in a mapped file
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and plain values: do not trust it") from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).split("\n")[0]
         raise ValueError(
             f"cannot read checkpoint {path} ({reason}): put a whole one there, or none"
         ) from None
@@ -1013,6 +1034,9 @@ def _setup(args: argparse.Namespace) -> None:
     """Choose the device and the precision, and join the processes that torchrun started; all into args."""
     env = os.environ.get
     launched = "RANK" in os.environ
+    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched and absent:
+        raise ValueError(f"RANK is set but not {', '.join(absent)}: start with torchrun, or unset RANK")
     args.rank, args.world = (int(env("RANK")), int(env("WORLD_SIZE"))) if launched else (0, 1)
     local_rank = int(env("LOCAL_RANK", "0"))
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
@@ -1134,7 +1158,8 @@ def _same_classes(ours: list[str], where: str, theirs: list[str], there: str) ->
             )
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# From a scheduler or torchrun, from Ctrl-C, and from a terminal that closes.
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
 
 
 def _deaf(_: int) -> None:
@@ -1143,11 +1168,18 @@ def _deaf(_: int) -> None:
 
 
 def _iterate(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
-    """Batches from a DataLoader, made by as many workers as wanted."""
+    """Batches from a DataLoader, whose workers survive a stop signal."""
     # Python 3.14 starts workers afresh, seconds in which a stop signal still ends them; here they are forked.
     how["multiprocessing_context"] = "fork" if args.workers and sys.platform == "linux" else None
     how["pin_memory"] = args.device.type == "cuda"
-    return iter(DataLoader(images, num_workers=args.workers, worker_init_fn=_deaf, **how))
+    try:
+        yield from DataLoader(images, num_workers=args.workers, worker_init_fn=_deaf, **how)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[-1].rstrip(". ")
+        if "DataLoader worker" not in reason:
+            raise
+        way = "if memory was full, lower --workers; the same command goes on"
+        raise ValueError(f"{reason}: {way}") from None
 
 
 def _val_batches(args: argparse.Namespace, val: FolderDataset) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1191,11 +1223,13 @@ def _stop_signals() -> Iterator[list[int]]:
     asked: list[int] = []
 
     def record(number: int, _) -> None:
-        if not asked:  # not print: the signal may have come in the midst of one
-            os.write(2, b"\nftclip: stopping when this step is done and saved\n")
+        if not asked:
+            with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
+                os.write(2, b"\nftclip: stopping when this step is done and saved\n")
         asked.append(number)
 
-    old = {number: signal.signal(number, record) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
+    old = {number: signal.signal(number, record) for number in heard}
     try:
         yield asked
     finally:
@@ -1203,15 +1237,23 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _open_output(args: argparse.Namespace, train: FolderDataset) -> tuple[dict, dict | None]:
+def _open_output(
+    args: argparse.Namespace, train: FolderDataset, val: FolderDataset
+) -> tuple[dict, dict | None]:
     """(what this run computes, what its last.pt holds); a wall if that is of another run."""
     last = Path(args.output, "last.pt")
-    files = "\n".join(os.path.relpath(path, train.root) for path, _ in train.samples)
     config = {key: value for key, value in vars(args).items() if key not in FREE}
-    config["images"] = f"{len(train)} ({hashlib.sha256(files.encode()).hexdigest()[:8]})"
+    config["model"] = model_config(args.model)  # a file may be moved, but not changed
+    for key, images in {"train": train, "val": val}.items():
+        files = "\n".join(os.path.relpath(path, images.root) for path, _ in images.samples)
+        config[f"{key}_images"] = f"{len(images)} ({hashlib.sha256(os.fsencode(files)).hexdigest()[:8]})"
     state = load_checkpoint(last) if last.exists() else None
     if state is None and last.with_name("best.pt").exists():
         raise ValueError(f"{args.output} has a best.pt of another run and no last.pt: give another --output")
+    if state and "config" not in state:
+        raise ValueError(
+            f"{last} is a best.pt, weights without the rest: replace it, or give another --output"
+        )
     was = state["config"] if state else config
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
     if changes:
@@ -1251,9 +1293,9 @@ class _Run:
         loss_sum: of the steps of the present epoch.
     """
 
-    def __init__(self, args: argparse.Namespace, train: FolderDataset) -> None:
+    def __init__(self, args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -> None:
         self.args, self.last = args, Path(args.output, "last.pt")
-        self.config, state = _open_output(args, train)
+        self.config, state = _open_output(args, train, val)
         torch.manual_seed(args.seed)
         self.model, groups = _build(args, len(train.classes), state and state["model_config"])
         self.model.to(args.device)
@@ -1278,6 +1320,25 @@ class _Run:
                 self.ema.module.load_state_dict(state["ema"])
             self.step, self.history, self.loss_sum = state["step"], state["history"], state["loss_sum"]
             _say(args, f"going on        from {self.last}, step {self.step:,} of {args.total_steps:,}")
+        if args.rank == 0:
+            self.keep_others_out()
+
+    def keep_others_out(self) -> None:
+        """Lock --output until this process ends: a torchrun that is killed leaves its processes alive."""
+        import fcntl  # here, because Windows has none, where best.pt can still be used
+
+        output = self.args.output
+        try:
+            os.makedirs(output, exist_ok=True)
+            self.lock = open(Path(output, "lock"), "w")  # noqa: SIM115, the lock goes with the file
+        except OSError as error:
+            raise ValueError(f"cannot write into --output {output} ({error}): give another") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # or else the file system has no locks
+                why = "another run is writing there: let it end or stop it"
+                raise ValueError(f"--output {output} is locked ({why}), or give another") from None
 
     def save(self) -> None:
         """Write last.pt."""
@@ -1358,7 +1419,9 @@ class _Run:
         for name in self.models:
             best = max(scored, key=lambda record: record[f"{name}_top1"])
             how = f"epoch {best['epoch']}, chosen on val itself"
-            how += f", in {self.last.with_name('best.pt')}" if name == self.chosen else ""
+            if name == self.chosen:
+                kept = self.last.with_name("best.pt")
+                how += f", in {kept}" if kept.exists() else f", but {kept} is gone"
             top1, end = best[f"{name}_top1"], scored[-1][f"{name}_top1"]
             lines.append(f"{name} top-1: best {top1:.2f} % ({how}), last {end:.2f} %")
         return "\n".join(lines)
@@ -1370,7 +1433,7 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
     It ends early when `asked` has come to hold a signal: in any process, after a step, which is then saved;
     or in this one, within an evaluation, before which everything was saved.
     """
-    run = _Run(args, train)
+    run = _Run(args, train, val)
     cuda, first, finished = args.device.type == "cuda", run.step, len(run.history) == args.epochs
 
     def leave() -> None:
@@ -1399,17 +1462,20 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
             since, wait[0] = time.perf_counter(), 0.0
             continue
         losses.append(run.advance(model, batches))
-        bar.update()
 
         stop = torch.tensor(len(asked))
         if dist.is_initialized():
             dist.all_reduce(stop)  # through gloo, between the CPUs: the GPUs are not waited for
-        # The first step is saved too: a full disk or a read-only folder shows before an epoch is lost to it.
-        saves = stop.item() or run.step == 1 or run.step % args.steps_per_epoch == 0
+        # The first step is saved too: a full disk shows before an epoch is lost to it.
+        saves = stop.item() or run.step == first + 1 or run.step % args.steps_per_epoch == 0
         saves = saves or (args.save_every and run.step % args.save_every == 0)
         if not saves and run.step % LOG_EVERY:
+            bar.update()
             continue
         loss, seconds = run.count(losses), time.perf_counter() - since
+        if saves:
+            run.save()  # before any output, which fails if the terminal is gone
+        bar.update()
         text = f"loss {loss:.4f}  lr {run.lr(run.step - 1):.2e}  "
         text += f"{len(losses) * args.batch_size / seconds:,.0f} images/s  "
         text += f"{wait[0] / seconds:.0%} waiting for data"
@@ -1419,8 +1485,6 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
             left = (time.perf_counter() - began) / (run.step - first) * (args.total_steps - run.step)
             _say(args, f"step {run.step:,}/{args.total_steps:,}  {text}  {tqdm.format_interval(left)} left")
         losses.clear()
-        if saves:
-            run.save()
         if stop.item():
             if dist.is_initialized():
                 dist.barrier()  # the first to go would have the others killed, in their writing
@@ -1471,6 +1535,10 @@ def main(argv: list[str] | None = None) -> None:
         val = FolderDataset(f"{args.data}/val", read_image, middle)
         _same_classes(train.classes, train.root, val.classes, val.root)
         num_images, num_classes = len(train), len(train.classes)
+        for images in (train, val):
+            if images.left_out:
+                some = ", ".join(images.left_out[:3])
+                _say(args, f"left out        {len(images.left_out)} files that are no images by name: {some}")
     _plan(args, num_images)
     if not args.dry_run:
         with _stop_signals() as asked:

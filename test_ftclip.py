@@ -742,13 +742,25 @@ def test_read_image_makes_rgb_of_every_kind_as_pillow_does(tmp_path, monkeypatch
         monkeypatch.delattr(ftclip.torchvision.io, "decode_image", raising=False)  # as announced
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", "half"])
-def test_a_broken_image_is_named(content, tmp_path):
-    photo(64, 64).save(tmp_path / "x.jpg")
-    whole = (tmp_path / "x.jpg").read_bytes()
-    (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "bit"])
+def test_a_broken_image_is_named(damage, kind, tmp_path):
+    photo(200, 200).save(tmp_path / "x.jpg", kind)
+    whole = bytearray((tmp_path / "x.jpg").read_bytes())
+    if damage == "bit":  # torchvision 0.29.2 crashes at such a PNG; in a JPEG, the header makes it visible
+        whole[len(whole) // 2 if kind == "PNG" else 2] ^= 16
+    damaged = {"empty": b"", "text": b"no image", "half": whole[: len(whole) // 2], "bit": whole}
+    (tmp_path / "x.jpg").write_bytes(damaged[damage])
     with pytest.raises(ValueError, match="x.jpg"):
         ftclip.read_image(tmp_path / "x.jpg")
+
+
+def test_images_are_told_by_their_names_and_other_files_are_counted(data, tmp_path):
+    shutil.copytree(data / "train" / "ant", tmp_path / "ant")
+    photo(9, 9).save(tmp_path / "ant" / "more.GIF")
+    (tmp_path / "ant" / "list.txt").write_text("no image")
+    found = ftclip.FolderDataset(str(tmp_path), ftclip.read_image, ftclip.eval_transform)
+    assert len(found) == 17 and found.left_out == [str(tmp_path / "ant" / "list.txt")]
 
 
 def keys_of(world, micro, start=0, stop=6):
@@ -899,6 +911,10 @@ def test_a_truncated_checkpoint_is_a_wall(tmp_path):
         (tmp_path / "last.pt").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="cannot read checkpoint"):
             ftclip.load_checkpoint(tmp_path / "last.pt")
+    middle = whole.index(bytes(1000)) + 500  # among the numbers, whose checksum the archive has
+    (tmp_path / "last.pt").write_bytes(whole[:middle] + b"\1" + whole[middle + 1 :])
+    with pytest.raises(ValueError, match="cannot read checkpoint .* is damaged"):
+        ftclip.load_checkpoint(tmp_path / "last.pt")
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -918,7 +934,7 @@ def test_a_run_leaves_what_readme_says(reference, data):
     assert all(
         {"train_loss", "raw_top1", "raw_top5", "ema_top1", "ema_top5"} <= line.keys() for line in lines[1:]
     )
-    assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
+    assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl", "lock"}
     model, classes, transform = ftclip.load_classifier(reference / "best.pt")
     assert classes == CLASSES and not model.training
     path = next((data / "val" / CLASSES[1]).iterdir())
@@ -947,6 +963,45 @@ def test_a_run_goes_on_from_last_pt_bit_for_bit(stop, reference, tiny, data, tmp
         ftclip.main(argv)
     ftclip.main([*argv, "--workers", "2"])
     assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+@pytest.mark.parametrize("number", sorted(ftclip.STOP_SIGNALS))
+def test_a_signal_ends_the_step_and_saves(number, reference, tiny, data, tmp_path, monkeypatch, capsys):
+    step, seen = ftclip.train_step, []
+
+    def interrupted(*args):
+        seen.append(1)
+        for _ in range(2):  # a torchrun that is told to stop tells its processes again
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    argv = flags(tiny, data, tmp_path / "run")
+    for i in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(ftclip, "train_step", interrupted)
+            patch.setattr(sys, "argv", ["ftclip.py", *argv])
+            assert ftclip._run() == 128 + number
+        assert f"stopped by {signal.Signals(number).name}: the same" in capsys.readouterr().out
+        assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == i
+    ftclip.main(argv)
+    assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+def test_a_signal_that_was_ignored_stays_so(tiny, data, tmp_path, monkeypatch):
+    """As under nohup, when the terminal closes."""
+    before, step = signal.signal(signal.SIGHUP, signal.SIG_IGN), ftclip.train_step
+    monkeypatch.setattr(
+        ftclip, "train_step", lambda *args: os.kill(os.getpid(), signal.SIGHUP) or step(*args)
+    )
+    ftclip.main(flags(tiny, data, tmp_path / "run"))
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_killed_worker_is_a_wall(tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ftclip, "read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run"), "--workers", "1"])
+    assert ftclip._run() == 2
+    assert re.fullmatch(r"ftclip: DataLoader worker .*lower --workers.*\n", capsys.readouterr().err)
 
 
 def test_a_stop_during_an_evaluation_loses_nothing(reference, tiny, data, tmp_path, monkeypatch):
@@ -1027,11 +1082,13 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
     more = ("--epochs", 12, "--workers", 1, "--save-every", 2)
     ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
     argv, rng = flags(tiny, data, tmp_path / "run", *more), random.Random(0)
-    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         process, last = start(*argv), tmp_path / "run" / "last.pt"
         before = last.stat().st_mtime if last.exists() else 0
         wait_for(lambda: last.exists() and last.stat().st_mtime > before)  # noqa: B023
         time.sleep(rng.uniform(0, 1))
+        with pytest.raises(ValueError, match="another run is writing there"):
+            ftclip.main(argv)
         process.send_signal(number)
         assert process.wait(20) == status
         wait_for(lambda: not processes_of(tmp_path / "run"))
@@ -1159,6 +1216,8 @@ def broken(root: Path, kind: str) -> Path:
         (target / "val" / "wasp").rename(target / "val" / "moth")
     elif kind == "fewer":
         next((target / "train" / "ant").iterdir()).unlink()
+    elif kind == "unseen":
+        next((target / "val" / "ant").iterdir()).unlink()
     elif kind == "empty":
         (target / "train" / "cat").mkdir()
     elif kind == "unreadable":
@@ -1186,8 +1245,12 @@ WALLS = {  # what is wrong → what the sentence must name
     "--amp fp16": "needs a GPU",
     "--output {reference}": r"of another run \(.*random_erasing .* → 0.1",
     "--output {best}": "no last.pt",
-    "--output {weights}/below": "cannot write .*below/last.pt .*Not a directory",
-    "--output {reference} --data {fewer}": r"of another run \(.*images 48 .* → 47",
+    "--output {weights}/below": "cannot write into --output .*below .*Not a directory",
+    "--output {reference} --data {fewer}": r"of another run \(.*train_images 48 .* → 47",
+    "--output {reference} --data {unseen}": r"of another run \(.*val_images 13 .* → 12",
+    "--output {reference} --model {other}/tiny.json": r"of another run \(.*'layers': 3.* → .*'layers': 2",
+    "--output {other}": "last.pt is a best.pt",
+    "--model {other}/narrow.json": "open_clip cannot build .*'width': 32",
     "--eval": "--checkpoint",
     "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt has 1 class\(es\) \(wasp\)",
     "--eval --checkpoint {weights}": "has format None",
@@ -1207,10 +1270,16 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     torch.save({"positional_embedding": torch.zeros(17, 8)}, tmp_path / "weights.pt")
     (tmp_path / "best").mkdir()
     shutil.copy(reference / "best.pt", tmp_path / "best")
+    (tmp_path / "other").mkdir()
+    shutil.copy(reference / "best.pt", tmp_path / "other" / "last.pt")
+    small = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
+    (tmp_path / "other" / "tiny.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": small}))
+    narrow = small | {"width": 32, "head_width": 64}
+    (tmp_path / "other" / "narrow.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": narrow}))
     (data.parent / "junk").write_text("junk")
     names = {"data": data.parent, "reference": reference, "weights": tmp_path / "weights.pt"}
-    names |= {kind: broken(data, kind) for kind in ("differ", "fewer")}
-    text = wrong.format(**names, best=tmp_path / "best")
+    names |= {kind: broken(data, kind) for kind in ("differ", "fewer", "unseen")}
+    text = wrong.format(**names, best=tmp_path / "best", other=tmp_path / "other")
     kinds = [kind for kind in ("flat", "differ", "empty", "unreadable") if text == f"--data {kind}"]
     more = ["--data", str(broken(data, kinds[0]))] if kinds else shlex.split(text)
     before = sorted(tmp_path.rglob("*"))
@@ -1222,7 +1291,8 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert error.startswith("ftclip: ") and error.count("\n") == 1
     assert re.search(WALLS[wrong], error)
-    assert sorted(tmp_path.rglob("*")) == before
+    begun = [tmp_path / "out", tmp_path / "out" / "lock"] if kinds == ["unreadable"] else []
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, *begun])
 
 
 OUTSIDE = """--image-size 0; --train-blocks -1; --drop-path 1; --epochs 0; --warmup-epochs -1; --batch-size 0
