@@ -686,7 +686,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
             why = f"{error.strerror}): make it readable or remove it"
             raise ValueError(f"cannot read {error.filename} ({why}")
 
-        is_image = lambda name: name.lower().endswith(self.IMAGES)  # noqa: E731
+        is_image = lambda name: name.lower().endswith(self.IMAGES)
         self.left_out = []
         for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
             other = folders.setdefault(os.path.realpath(folder), folder)
