@@ -23,6 +23,9 @@ import sys
 import time
 from pathlib import Path
 
+# Before torch looks: all but AMX, which some sandboxes announce, and then stop whoever uses it (for bf16).
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
+
 import numpy as np
 import pytest
 import timm.data
@@ -44,8 +47,6 @@ TINY = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3},
 }
-# Everything but AMX: some sandboxes announce it and then stop whoever uses it (for bf16) with SIGILL.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 torch.set_num_threads(1)  # quicker for tiny models, and the two-process tests need the other core
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
