@@ -163,15 +163,16 @@ def model_config(model: str | dict) -> dict:
         if config is None:
             near = ", ".join(difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.3))
             raise ValueError(f"--model {model} is neither a file nor a model of open_clip's; near it: {near}")
-    if not (
-        isinstance(config, dict) and "embed_dim" in config and isinstance(config.get("vision_cfg"), dict)
-    ):
-        raise ValueError(f"--model {name} is no model configuration: give JSON with embed_dim and vision_cfg")
-    vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
-    if "timm_model_name" in vision or isinstance(vision["layers"], list) or vision.get("attentional_pool"):
+    try:
+        embed_dim, vision = config["embed_dim"], config["vision_cfg"]
+        vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | vision
+    except (TypeError, KeyError):
+        way = "give JSON with embed_dim and vision_cfg"
+        raise ValueError(f"--model {name} is no model configuration: {way}") from None
+    plain = all(isinstance(vision[key], int) for key in ("image_size", "patch_size", "layers", "width"))
+    if not plain or "timm_model_name" in vision or vision.get("attentional_pool"):
         raise ValueError(f"--model {name} is not a plain ViT of open_clip's: choose one, such as ViT-B-16")
-    quick_gelu = config.get("quick_gelu", False)
-    return {"embed_dim": config["embed_dim"], "quick_gelu": quick_gelu, "vision_cfg": vision}
+    return {"embed_dim": embed_dim, "quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
 
 
 def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool | None]:
@@ -193,9 +194,8 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     torchscript = False
     if os.path.isfile(pretrained):
         if zipfile.is_zipfile(pretrained):
-            torchscript = any(
-                name.endswith("/constants.pkl") for name in zipfile.ZipFile(pretrained).namelist()
-            )
+            names = zipfile.ZipFile(pretrained).namelist()
+            torchscript = any(name.endswith("/constants.pkl") for name in names)
         quick_gelu = True if torchscript else None
     else:
         tag = open_clip.get_pretrained_cfg(model, pretrained)
@@ -225,9 +225,7 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     unused = ("proj", "ln_post.weight", "ln_post.bias")
     weights = {name: value for name, value in weights.items() if name not in unused}
     if "positional_embedding" not in weights:
-        raise ValueError(
-            f"--pretrained {pretrained} holds no CLIP ViT but {list(weights)[:3]} ...: give CLIP weights"
-        )
+        raise ValueError(f"--pretrained {pretrained} holds no CLIP ViT, but {list(weights)[:3]} ...")
     return weights, quick_gelu
 
 
@@ -391,9 +389,7 @@ def param_groups(
             continue
         layer, decays = layer_id(name, num_layers), parameter.ndim > 1 and not name.endswith(no_decay)
         if not 0 <= layer <= num_layers + 1:
-            raise ValueError(
-                f"{name} is in layer {layer}, beyond the head's {num_layers + 1}: check num_layers"
-            )
+            raise ValueError(f"{name} is in layer {layer} of {num_layers + 1}: num_layers is another model's")
         scale = layer_decay ** (num_layers + 1 - layer)
         group = {"layer": layer, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decays}
         group = groups.setdefault((layer, decays), group | {"params": [], "names": []})
@@ -640,9 +636,7 @@ def normalize(images: Tensor) -> Tensor:
     """uint8 images (..., 3, H, W) as float32, with mean and standard deviation of CLIP's training images."""
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     images = images.float() / 255
-    for channel in range(
-        3
-    ):  # by numbers: tensors of them would be copied to the GPU, which is to wait for it
+    for channel in range(3):  # tensors of them would be copied, and the GPU waited for
         images[..., channel, :, :].sub_(mean[channel]).div_(std[channel])
     return images
 
@@ -677,9 +671,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
         if not os.path.isdir(root):
             raise ValueError(f"no folder {root}: {layout}")
         if not any(entry.is_dir() for entry in os.scandir(root)):
-            raise ValueError(
-                f"no class folders in {root}: {layout} (ImageNet's flat val must be sorted first)"
-            )
+            raise ValueError(f"no class folders in {root}: {layout} (sort ImageNet's flat val first)")
         folders: dict[str, str] = {}
 
         def refuse(error: OSError) -> None:  # else the folder would be left out in silence
@@ -698,9 +690,8 @@ class FolderDataset(torchvision.datasets.ImageFolder):
         present = set(self.targets)
         empty = [name for name, label in self.class_to_idx.items() if label not in present]
         if empty:
-            raise ValueError(
-                f"no images in {len(empty)} classes of {root} ({', '.join(empty[:5])}): fill or remove them"
-            )
+            some = ", ".join(empty[:5])
+            raise ValueError(f"no images in {len(empty)} classes of {root} ({some}): fill or remove them")
         self.erasing, self.seed = erasing, seed
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
@@ -892,9 +883,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} holds more than tensors and plain values: do not trust it") from None
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"cannot read checkpoint {path} ({reason}): put a whole one there, or none"
-        ) from None
+        raise ValueError(f"cannot read checkpoint {path} ({reason}): replace or remove it") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != "ftclip 1":
         raise ValueError(f"{path} has format {found}, not 'ftclip 1': use the ftclip that wrote it, or none")
@@ -965,9 +954,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup-epochs", type=real("[0, 1e6]"), help="with lr rising from 0 (default: the recipe's share)")
     add("--batch-size", type=whole("[1, 1e9]"), help="images per optimizer step, over all devices")
     add("--micro-batch-size", type=whole("[1, 1e9]"), help="images per device at once: lower it to fit")
-    add(
-        "--lr", type=real("(0, 1e3]"), help="of the head, literal (default: recipe's x batch size / recipe's)"
-    )
+    add("--lr", type=real("(0, 1e3]"), help="of the head, literal (default: the recipe's, by batch size)")
     add("--min-lr", type=real("[0, 1e3]"), help="of the head at the end, literal (default: likewise)")
     add("--layer-decay", type=real("(0, 1]"), help="lr of a layer over that of the one above it, 1 is off")
     add("--weight-decay", type=real("[0, 1e3]"), help="of AdamW, 0 is off")
@@ -1108,7 +1095,7 @@ def _plan(args: argparse.Namespace, num_images: int) -> None:
     args.steps_per_epoch = num_images // args.batch_size
     if not args.steps_per_epoch:
         raise ValueError(
-            f"--batch-size {args.batch_size} is more than the {num_images} training images: lower it"
+            f"--batch-size {args.batch_size} is more than {num_images} training images: lower it"
         )
     args.total_steps = args.epochs * args.steps_per_epoch
     args.warmup_steps = min(round(args.warmup_epochs * args.steps_per_epoch), args.total_steps - 1)
@@ -1153,9 +1140,7 @@ def _same_classes(ours: list[str], where: str, theirs: list[str], there: str) ->
     for names, place in ((set(ours) - set(theirs), where), (set(theirs) - set(ours), there)):
         if names:
             some = ", ".join(sorted(names)[:5])
-            raise ValueError(
-                f"only {place} has {len(names)} class(es) ({some}): {where} and {there} need the same"
-            )
+            raise ValueError(f"only {place} has {len(names)} class(es) ({some}): {where} and {there} differ")
 
 
 # From a scheduler or torchrun, from Ctrl-C, and from a terminal that closes.
@@ -1237,23 +1222,19 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _open_output(
-    args: argparse.Namespace, train: FolderDataset, val: FolderDataset
-) -> tuple[dict, dict | None]:
+def _open_output(args: argparse.Namespace, **data: FolderDataset) -> tuple[dict, dict | None]:
     """(what this run computes, what its last.pt holds); a wall if that is of another run."""
     last = Path(args.output, "last.pt")
     config = {key: value for key, value in vars(args).items() if key not in FREE}
     config["model"] = model_config(args.model)  # a file may be moved, but not changed
-    for key, images in {"train": train, "val": val}.items():
+    for key, images in data.items():
         files = "\n".join(os.path.relpath(path, images.root) for path, _ in images.samples)
         config[f"{key}_images"] = f"{len(images)} ({hashlib.sha256(os.fsencode(files)).hexdigest()[:8]})"
     state = load_checkpoint(last) if last.exists() else None
     if state is None and last.with_name("best.pt").exists():
         raise ValueError(f"{args.output} has a best.pt of another run and no last.pt: give another --output")
     if state and "config" not in state:
-        raise ValueError(
-            f"{last} is a best.pt, weights without the rest: replace it, or give another --output"
-        )
+        raise ValueError(f"{last} is a best.pt, with weights alone: replace it, or give another --output")
     was = state["config"] if state else config
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
     if changes:
@@ -1295,7 +1276,7 @@ class _Run:
 
     def __init__(self, args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -> None:
         self.args, self.last = args, Path(args.output, "last.pt")
-        self.config, state = _open_output(args, train, val)
+        self.config, state = _open_output(args, train=train, val=val)
         torch.manual_seed(args.seed)
         self.model, groups = _build(args, len(train.classes), state and state["model_config"])
         self.model.to(args.device)
@@ -1337,8 +1318,8 @@ class _Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # or else the file system has no locks
-                why = "another run is writing there: let it end or stop it"
-                raise ValueError(f"--output {output} is locked ({why}), or give another") from None
+                way = "let it end, stop it, or give another"
+                raise ValueError(f"another run is writing into --output {output}: {way}") from None
 
     def save(self) -> None:
         """Write last.pt."""
@@ -1552,10 +1533,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run() -> int:
-    """main(), with every wall as one sentence on stderr; the exit status."""
-    sentence = ""
+    """main(), with what a user can put right as one sentence on stderr; the exit status."""
     try:
         main()
+        return 0
     except SystemExit as stop:  # --help, or a signal
         return stop.code or 0
     except KeyboardInterrupt:  # outside training there is nothing to save
@@ -1564,25 +1545,22 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except torch.OutOfMemoryError:
-        sentence = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
+        status, text = (
+            2,
+            "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same",
+        )
     except OSError as error:
-        sentence = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    except ValueError as error:
-        # Raised in this file? Perhaps in a loader's worker, whose traceback is then part of the message. Any
-        # other is a fault of the program and keeps its traceback.
-        text = "".join(traceback.format_exception(error)).rstrip()
-        if re.findall(r'File "(.+?)", line', text)[-1] != __file__:
-            print(text, file=sys.stderr)
-            return 1
-        sentence = text.splitlines()[-1].removeprefix("ValueError: ")
-    except Exception:  # noqa: BLE001, a fault too, or another process that has gone
-        traceback.print_exc()
-        return 1
-    if sentence and os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # rank 0 has most likely met the same, and torchrun now ends the others
-    if sentence:
-        print(f"ftclip: {sentence}", file=sys.stderr)
-    return 2 if sentence else 0
+        status, text = 2, f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    except Exception as error:  # noqa: BLE001
+        status, text = 1, traceback.format_exc().rstrip()
+        # A ValueError raised in this file (perhaps in a loader's worker, whose traceback is then part of the
+        # message) is a sentence; all else is a fault of the program, or of another process.
+        if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', text)[-1] == __file__:
+            status, text = 2, text.splitlines()[-1].removeprefix("ValueError: ")
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # most likely rank 0 has said the same, or has died, and torchrun now ends the others
+    print(f"ftclip: {text}" if status == 2 else text, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1088,7 +1088,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
         before = last.stat().st_mtime if last.exists() else 0
         wait_for(lambda: last.exists() and last.stat().st_mtime > before)  # noqa: B023
         time.sleep(rng.uniform(0, 1))
-        with pytest.raises(ValueError, match="another run is writing there"):
+        with pytest.raises(ValueError, match="another run is writing into --output .*run: "):
             ftclip.main(argv)
         process.send_signal(number)
         assert process.wait(20) == status
@@ -1233,7 +1233,7 @@ WALLS = {  # what is wrong → what the sentence must name
     "--data differ": r"train has 1 class\(es\) \(wasp\)",
     "--data empty": r"no images in 1 .*train \(cat\)",
     "--data unreadable": r"cannot read image .*ant.*\.png",
-    "--batch-size 49": "49 is more than the 48",
+    "--batch-size 49": "49 is more than 48",
     "--batch-size 18": "18 is not a multiple of 1 device.* x 4 .* 16 or 20",
     "--model ViT-B-61": "near it: ViT-B-16",
     "--model RN50": "RN50 is not a plain ViT",
