@@ -675,8 +675,9 @@ class FolderDataset(torchvision.datasets.ImageFolder):
         folders: dict[str, str] = {}
 
         def refuse(error: OSError) -> None:  # else the folder would be left out in silence
-            why = f"{error.strerror}): make it readable or remove it"
-            raise ValueError(f"cannot read {error.filename} ({why}")
+            raise ValueError(
+                f"cannot read {error.filename} ({error.strerror}): make it readable or remove it"
+            )
 
         is_image = lambda name: name.lower().endswith(self.IMAGES)
         self.left_out = []
