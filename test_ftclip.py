@@ -1402,6 +1402,8 @@ def test_commands_in_the_documents_are_understood():
     text = "\n".join((HERE / name).read_text() for name in ("README.md", "recipes.md", "ftclip.py"))
     commands = re.findall(r"(?:python|torchrun .*) ftclip\.py ?([^`#\n|]*)", text)
     assert len(commands) > 15
+    commands += re.findall(r"\| `(--[^`]+)` \|$", (HERE / "recipes.md").read_text(), re.MULTILINE)
+    assert commands[-1] == "--image-size 384"
     for command in commands:
         ftclip.parse_args(shlex.split(command))
 
