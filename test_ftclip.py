@@ -966,18 +966,19 @@ def test_a_run_goes_on_from_last_pt_bit_for_bit(stop, reference, tiny, data, tmp
     assert same(outcome(tmp_path / "run"), outcome(reference))
 
 
-@pytest.mark.parametrize("number", sorted(ftclip.STOP_SIGNALS))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_and_saves(number, reference, tiny, data, tmp_path, monkeypatch, capsys):
     step, seen = ftclip.train_step, []
 
     def interrupted(*args):
         seen.append(1)
-        for _ in range(2):  # a torchrun that is told to stop tells its processes again
-            os.kill(os.getpid(), number)
+        if len(seen) % 2 == 0:  # in the second step of a start, which is not saved for another reason
+            for _ in range(2):  # a torchrun that is told to stop tells its processes again
+                os.kill(os.getpid(), number)
         return step(*args)
 
     argv = flags(tiny, data, tmp_path / "run")
-    for i in (1, 2):
+    for i in (2, 4):
         with monkeypatch.context() as patch:
             patch.setattr(ftclip, "train_step", interrupted)
             patch.setattr(sys, "argv", ["ftclip.py", *argv])
@@ -1075,7 +1076,8 @@ def start(*argv, launcher: tuple = (), log: Path | str = os.devnull) -> subproce
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, SCRIPT, *map(str, argv)]
     with open(log, "w") as out:
-        return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        how = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(command, env=environment, **how)
 
 
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(tiny, data, tmp_path):
@@ -1090,7 +1092,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
         time.sleep(rng.uniform(0, 1))
         with pytest.raises(ValueError, match="another run is writing into --output .*run: "):
             ftclip.main(argv)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # the workers too, as Ctrl-C and a scheduler do
         assert process.wait(20) == status
         wait_for(lambda: not processes_of(tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") > 12  # it was not over
