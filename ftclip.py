@@ -37,6 +37,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -1149,17 +1150,28 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.
 
 
 def _deaf(_: int) -> None:
-    """What a loader's worker does first: stop signals reach it too, but its parent still needs it."""
+    """What a loader's worker does first: of stop signals, it obeys only those that its parent sends it.
+
+    SIGTERM and Ctrl-C often reach all processes at once, but the parent still needs its workers for its step.
+    """
+
+    def listen() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _iterate(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
     """Batches from a DataLoader, whose workers survive a stop signal."""
+    linux = sys.platform == "linux"
     # Python 3.14 starts workers afresh, seconds in which a stop signal still ends them; here they are forked.
-    how["multiprocessing_context"] = "fork" if args.workers and sys.platform == "linux" else None
-    how["pin_memory"] = args.device.type == "cuda"
+    how["multiprocessing_context"] = "fork" if args.workers and linux else None
+    how |= {"worker_init_fn": _deaf if linux else None, "pin_memory": args.device.type == "cuda"}
     try:
-        yield from DataLoader(images, num_workers=args.workers, worker_init_fn=_deaf, **how)
+        yield from DataLoader(images, num_workers=args.workers, **how)
     except RuntimeError as error:
         reason = str(error).split("\n")[-1].rstrip(". ")
         if "DataLoader worker" not in reason:
@@ -1568,6 +1580,5 @@ if __name__ == "__main__":
     status = _run()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python's own end would wait for loader workers that a wall cut off, deaf as they are (see _deaf), and in
-    # torch 2.6 for gloo's threads. Workers end by themselves, seconds after their parent.
+    # Python's own end would wait for threads of gloo's, in torch 2.6 for ever. Workers end with their parent.
     os._exit(status)

@@ -1006,6 +1006,13 @@ def test_a_killed_worker_is_a_wall(tiny, data, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"ftclip: DataLoader worker .*lower --workers.*\n", capsys.readouterr().err)
 
 
+def test_a_program_that_calls_main_ends_after_a_wall(tiny, data, tmp_path):
+    argv = flags(tiny, broken(data, "unreadable"), tmp_path / "run", "--workers", 2)
+    code = f"import ftclip\ntry: ftclip.main({argv})\nexcept ValueError as error: kept = error\nprint(kept)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "cannot read image" in done.stdout
+
+
 def test_a_stop_during_an_evaluation_loses_nothing(reference, tiny, data, tmp_path, monkeypatch):
     argv = flags(tiny, data, tmp_path / "run")
     for _ in range(3):  # in each of the three evaluations
