@@ -29,6 +29,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -839,7 +840,8 @@ def evaluate(
         dist.all_reduce(counts)
     result: dict[str, float] = {}
     for name, (top1, top5, total) in zip(models, counts.tolist()):
-        result |= {f"{name}_top1": 100 * top1 / total, f"{name}_top5": 100 * top5 / total}
+        top1_share, top5_share = (100 * right / max(1, total) for right in (top1, top5))
+        result |= {f"{name}_top1": top1_share, f"{name}_top5": top5_share}
         result |= {f"{name}_correct": top1, "images": total}
     return result
 
@@ -1150,7 +1152,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.
 
 
 def _deaf(_: int) -> None:
-    """What a loader's worker does first: of stop signals, it obeys only those that its parent sends it.
+    """What a loader's worker does, in which stop signals are blocked: it obeys only those of its parent.
 
     SIGTERM and Ctrl-C often reach all processes at once, but the parent still needs its workers for its step.
     """
@@ -1160,7 +1162,6 @@ def _deaf(_: int) -> None:
             pass
         os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=listen, daemon=True).start()
 
 
@@ -1171,13 +1172,20 @@ def _iterate(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
     how["multiprocessing_context"] = "fork" if args.workers and linux else None
     how |= {"worker_init_fn": _deaf if linux else None, "pin_memory": args.device.type == "cuda"}
     try:
-        yield from DataLoader(images, num_workers=args.workers, **how)
+        if linux:  # blocked in the workers, from their first moment
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            batches = iter(DataLoader(images, num_workers=args.workers, **how))
+        finally:
+            if linux:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield from batches
     except RuntimeError as error:
-        reason = str(error).split("\n")[-1].rstrip(". ")
-        if "DataLoader worker" not in reason:
+        reason = str(error).rstrip(". \n").split("\n")[-1]
+        if "DataLoader worker" not in reason and "shared memory" not in reason:
             raise
-        way = "if memory was full, lower --workers; the same command goes on"
-        raise ValueError(f"{reason}: {way}") from None
+        way = "if memory or /dev/shm is full (in Docker: --ipc=host), lower --workers or --micro-batch-size"
+        raise ValueError(f"{reason}: {way}; the same command goes on") from None
 
 
 def _val_batches(args: argparse.Namespace, val: FolderDataset) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1288,7 +1296,7 @@ class _Run:
     """
 
     def __init__(self, args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -> None:
-        self.args, self.last = args, Path(args.output, "last.pt")
+        self.args, self.last, self.num_val = args, Path(args.output, "last.pt"), len(val)
         self.config, state = _open_output(args, train=train, val=val)
         torch.manual_seed(args.seed)
         self.model, groups = _build(args, len(train.classes), state and state["model_config"])
@@ -1385,13 +1393,15 @@ class _Run:
             self.loss_sum += loss
         return loss
 
-    def end_epoch(self, val_batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Evaluate, keep the best weights, and put the epoch on record."""
+    def end_epoch(self, val_batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
+        """Evaluate, keep the best weights, put the epoch on record; or False, if images were left out."""
         args, epoch = self.args, len(self.history) + 1
         record = {"epoch": epoch, "train_loss": self.loss_sum / args.steps_per_epoch}
         text = f"epoch {epoch}/{args.epochs}  train loss {record['train_loss']:.4f}"
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             record |= evaluate(self.models, val_batches, args.amp_dtype)
+            if record["images"] < self.num_val:  # summed: if one process left some out, all know
+                return False
             text += "".join(f"  {name} top-1 {record[f'{name}_top1']:.2f} %" for name in self.models)
             top1 = f"{self.chosen}_top1"
             if args.rank == 0 and all(record[top1] > past[top1] for past in self.history if top1 in past):
@@ -1405,6 +1415,7 @@ class _Run:
             part = self.last.with_name("metrics.part")
             part.write_text("".join(json.dumps(line) + "\n" for line in lines))
             os.replace(part, part.with_suffix(".jsonl"))
+        return True
 
     def summary(self) -> str:
         """The best and the last accuracy. The paper's figure is the best epoch of the EMA, chosen on val."""
@@ -1424,22 +1435,19 @@ class _Run:
 def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, asked: list[int]) -> None:
     """The run, from its start or from last.pt: steps, and after each epoch a checkpoint and an evaluation.
 
-    It ends early when `asked` has come to hold a signal: in any process, after a step, which is then saved;
-    or in this one, within an evaluation, before which everything was saved.
+    It ends early when `asked` has come to hold a signal in any process: after a step, which is then saved, or
+    within an evaluation, before which everything was saved.
     """
     run = _Run(args, train, val)
     cuda, first, finished = args.device.type == "cuda", run.step, len(run.history) == args.epochs
 
     def leave() -> None:
+        if dist.is_initialized():  # the first to go would have the others killed, in their writing
+            with contextlib.suppress(RuntimeError):  # one is gone already, so all have come here
+                dist.barrier()
         name = signal.Signals(asked[0]).name if asked else "a signal to another process"
         _say(args, f"stopped by {name}: the same command goes on from {run.last}")
         sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
-
-    def val_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in _val_batches(args, val):
-            if asked:  # the epoch is saved, its evaluation can wait
-                leave()
-            yield batch
 
     model = torch.compile(run.model) if args.compile else run.model
     if dist.is_initialized():
@@ -1452,7 +1460,8 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
     began = since = time.perf_counter()
     while len(run.history) < args.epochs:
         if run.step == (len(run.history) + 1) * args.steps_per_epoch:  # an epoch ended, perhaps before a stop
-            run.end_epoch(val_batches())
+            if not run.end_epoch(itertools.takewhile(lambda _: not asked, _val_batches(args, val))):
+                leave()
             since, wait[0] = time.perf_counter(), 0.0
             continue
         losses.append(run.advance(model, batches))
@@ -1480,8 +1489,6 @@ def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, a
             _say(args, f"step {run.step:,}/{args.total_steps:,}  {text}  {tqdm.format_interval(left)} left")
         losses.clear()
         if stop.item():
-            if dist.is_initialized():
-                dist.barrier()  # the first to go would have the others killed, in their writing
             leave()
         since, wait[0] = time.perf_counter(), 0.0
     bar.close()

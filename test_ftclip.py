@@ -999,11 +999,45 @@ def test_a_signal_that_was_ignored_stays_so(tiny, data, tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_within_an_evaluation_leaves_it_for_later(reference, tiny, data, tmp_path, monkeypatch):
+    evaluate = ftclip.evaluate
+    argv = flags(tiny, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ftclip, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
+        )
+        patch.setattr(sys, "argv", ["ftclip.py", *argv])
+        assert ftclip._run() == 143
+    state = ftclip.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (state["step"], state["history"]) == (3, [])
+    ftclip.main(argv)
+    assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+def test_a_signal_to_all_does_not_end_a_worker_that_has_just_begun(tiny, data, tmp_path, monkeypatch):
+    deaf = ftclip._deaf
+    monkeypatch.setattr(ftclip, "_deaf", lambda i: os.kill(os.getpid(), signal.SIGTERM) or deaf(i))
+    ftclip.main(flags(tiny, data, tmp_path / "run", "--workers", 1))
+
+
 def test_a_killed_worker_is_a_wall(tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ftclip, "read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run"), "--workers", "1"])
     assert ftclip._run() == 2
     assert re.fullmatch(r"ftclip: DataLoader worker .*lower --workers.*\n", capsys.readouterr().err)
+
+
+def test_a_full_shared_memory_is_a_wall(tiny, data, tmp_path):
+    """As in a Docker container, which has 64 MB of it."""
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if subprocess.run(f"unshare -m sh -c '{small}'", shell=True, check=False).returncode:
+        pytest.skip("no right to make /dev/shm small")
+    argv = flags(tiny, data, tmp_path / "run", "--workers", 1, "--micro-batch-size", 16)
+    command = shlex.join([sys.executable, SCRIPT, *argv])
+    how = {"capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(["unshare", "-m", "sh", "-c", f"{small}; {command}"], check=False, **how)
+    assert done.returncode == 2
+    assert re.fullmatch(r"ftclip: .*shared memory.*--ipc=host.*--workers.*\n", done.stderr)
 
 
 def test_a_program_that_calls_main_ends_after_a_wall(tiny, data, tmp_path):
