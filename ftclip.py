@@ -1521,7 +1521,7 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate({"model": model}, _val_batches(args, val), args.amp_dtype)
         if args.rank == 0:
             text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
-            print(f"{args.checkpoint}: {text.format(**result)}")
+            print(f"{args.checkpoint}, at {size} pixels: {text.format(**result)}")
         return
 
     if args.dry_run and absent:  # the numbers of the demo, or of ImageNet-1k
