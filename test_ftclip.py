@@ -756,6 +756,16 @@ def test_a_broken_image_is_named(damage, kind, tmp_path):
         ftclip.read_image(tmp_path / "x.jpg")
 
 
+def test_a_pipe_or_half_an_avif_is_named_too(tmp_path):
+    photo(200, 200).save(tmp_path / "half.avif")
+    whole = (tmp_path / "half.avif").read_bytes()
+    (tmp_path / "half.avif").write_bytes(whole[: len(whole) // 2])
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("half.avif", "pipe.png"):
+        with pytest.raises(ValueError, match=f"cannot read image .*{name}"):
+            ftclip.read_image(tmp_path / name)
+
+
 def test_images_are_told_by_their_names_and_other_files_are_counted(data, tmp_path):
     shutil.copytree(data / "train" / "ant", tmp_path / "ant")
     photo(9, 9).save(tmp_path / "ant" / "more.GIF")
@@ -918,6 +928,21 @@ def test_a_truncated_checkpoint_is_a_wall(tmp_path):
         ftclip.load_checkpoint(tmp_path / "last.pt")
 
 
+def test_a_flipped_bit_in_a_checkpoint_never_gives_other_contents(tmp_path):
+    path, state = (
+        tmp_path / "last.pt",
+        {"format": "ftclip 1", "x": torch.zeros(9), "history": [{"top1": 5.0}]},
+    )
+    ftclip.save_checkpoint(path, state)
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+        try:
+            assert same(ftclip.load_checkpoint(path), state)
+        except ValueError as error:
+            assert type(error) is ValueError and str(path) in str(error)
+
+
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
@@ -987,6 +1012,24 @@ def test_a_signal_ends_the_step_and_saves(number, reference, tiny, data, tmp_pat
         assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == i
     ftclip.main(argv)
     assert same(outcome(tmp_path / "run"), outcome(reference))
+
+
+def test_a_run_that_goes_on_does_not_hold_the_old_checkpoint(tiny, data, tmp_path, monkeypatch):
+    """A mapped file keeps its room on the disk after it was replaced."""
+    step, maps = ftclip.train_step, []
+
+    def stopping(*args):
+        maps.append(Path("/proc/self/maps").read_text())
+        if len(maps) == 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(ftclip, "train_step", stopping)
+    argv = flags(tiny, data, tmp_path / "run", "--save-every", 2)
+    with pytest.raises(KeyboardInterrupt):
+        ftclip.main(argv)
+    ftclip.main(argv)
+    assert len(maps) == 3 + 7 and not any("last.pt" in text for text in maps)
 
 
 def test_a_signal_that_was_ignored_stays_so(tiny, data, tmp_path, monkeypatch):
@@ -1267,6 +1310,8 @@ def broken(root: Path, kind: str) -> Path:
         next((target / "val" / "ant").iterdir()).unlink()
     elif kind == "empty":
         (target / "train" / "cat").mkdir()
+    elif kind == "newline":
+        (target / "train" / "ant" / "a\nb.png").write_text("no image")
     elif kind == "unreadable":
         for path in (target / "train" / "ant").iterdir():
             path.write_text("no image")
@@ -1279,9 +1324,11 @@ WALLS = {  # what is wrong → what the sentence must name
     "--data differ": r"train has 1 class\(es\) \(wasp\)",
     "--data empty": r"no images in 1 .*train \(cat\)",
     "--data unreadable": r"cannot read image .*ant.*\.png",
+    "--data newline": r"cannot read image .*ant/a b\.png",
     "--batch-size 49": "49 is more than 48",
     "--batch-size 18": "18 is not a multiple of 1 device.* x 4 .* 16 or 20",
     "--model ViT-B-61": "near it: ViT-B-16",
+    "--model {other}/zero.json": "not a plain ViT",
     "--model RN50": "RN50 is not a plain ViT",
     "--model vit_medium_patch16_gap_256": "not a plain ViT",
     "--model ViT-B-16 --pretrained opnai": "tags: openai, laion400m_e31",
@@ -1321,13 +1368,17 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     shutil.copy(reference / "best.pt", tmp_path / "other" / "last.pt")
     small = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
     (tmp_path / "other" / "tiny.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": small}))
+    zero = small | {"patch_size": 0}
+    (tmp_path / "other" / "zero.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": zero}))
     narrow = small | {"width": 32, "head_width": 64}
     (tmp_path / "other" / "narrow.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": narrow}))
     (data.parent / "junk").write_text("junk")
     names = {"data": data.parent, "reference": reference, "weights": tmp_path / "weights.pt"}
     names |= {kind: broken(data, kind) for kind in ("differ", "fewer", "unseen")}
     text = wrong.format(**names, best=tmp_path / "best", other=tmp_path / "other")
-    kinds = [kind for kind in ("flat", "differ", "empty", "unreadable") if text == f"--data {kind}"]
+    kinds = [
+        kind for kind in ("flat", "differ", "empty", "unreadable", "newline") if text == f"--data {kind}"
+    ]
     more = ["--data", str(broken(data, kinds[0]))] if kinds else shlex.split(text)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
@@ -1338,7 +1389,7 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert error.startswith("ftclip: ") and error.count("\n") == 1
     assert re.search(WALLS[wrong], error)
-    begun = [tmp_path / "out", tmp_path / "out" / "lock"] if kinds == ["unreadable"] else []
+    begun = [tmp_path / "out", tmp_path / "out" / "lock"] if kinds in (["unreadable"], ["newline"]) else []
     assert sorted(tmp_path.rglob("*")) == sorted([*before, *begun])
 
 
