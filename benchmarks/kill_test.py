@@ -2,11 +2,11 @@
 
     python benchmarks/kill_test.py --kills 50 --restarts 10
 
-Half of the runs have 1 process, half have 2 under torchrun; half of the kills are SIGKILL to every process at
-once (a machine that goes away), half are SIGTERM (a cluster that takes it back; torchrun passes it on). Each
-killed run is started again with the same command until it ends, and must then equal a run that nothing
-disturbed: weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing are on. No process may
-stay behind.
+The runs have 1 process, or 2 or 4 under torchrun (4 tell whether sums keep their order); half of the kills are
+SIGKILL to every process at once (a machine that goes away), half are SIGTERM (a cluster that takes it back;
+torchrun passes it on). Each killed run is started again with the same command until it ends, and must then
+equal a run that nothing disturbed: weights, EMA, optimizer state, metrics. Drop path, MixUp, CutMix and erasing
+are on. No process may stay behind.
 
 Then, --restarts times under one torchrun with two processes and as often under two with one each (two nodes,
 on the loopback address), one process is killed at a random moment, and torchrun's own --max-restarts 1 must
@@ -63,7 +63,7 @@ def main() -> None:
             return [subprocess.Popen(command, **how) for _ in range(nodes)]
 
     references, durations = {}, {}
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         began = time.time()
         assert start(root / f"reference{processes}", processes)[0].wait() == 0
         references[processes] = test_ftclip.outcome(root / f"reference{processes}")
@@ -74,7 +74,7 @@ def main() -> None:
     runs = equal = clumsy = 0
     slowest = 0.0  # seconds from SIGTERM to the end of the last process
     while sum(kills.values()) < args.kills:
-        processes = 1 + runs % 2
+        processes = (1, 2, 4)[runs % 3]
         folder = root / f"run{runs}"
         here = 0
         while True:
