@@ -9,28 +9,26 @@ augmentation do it.
     torchrun --nproc_per_node 8 ftclip.py --model ViT-B-16        # the 85.7 % recipe, on ./imagenet
     python ftclip.py --model ViT-B-16                             # the same on one GPU, by accumulation
     python ftclip.py --model ViT-L-14 --image-size 336 --dry-run  # print every number of a run, touch nothing
-    python ftclip.py --data flowers --batch-size 64 --epochs 20   # your own folders; lr and EMA scale to fit
+    python ftclip.py --data flowers                               # your own folders; batch, lr and EMA adapt
     python ftclip.py --eval --checkpoint runs/ViT-B-16-224/best.pt
-    # Two nodes: this line on each, with --output on a file system that both see.
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ftclip.py
 
-Data lie as ImageNet does: DIR/train/<class>/* and DIR/val/<class>/*. A run keeps last.pt (all it needs to go
-on), best.pt (the best weights, for use) and metrics.jsonl in --output; the same command again goes on.
+Data lie as ImageNet does: DIR/train/<class>/* and DIR/val/<class>/*. A run keeps last.pt (all it needs to
+resume), best.pt (the best weights, for use) and metrics.jsonl in --output; the same command again resumes it.
 
-The file reads in the order in which data meet it: recipes, model, optimization, augmentation, data, engine,
-command line. "Official" is the paper's code, github.com/LightDXY/FT-CLIP at commit 3f9cefa.
+The file reads in the order in which data meet it: recipes, model, optimization, augmentation, data, training;
+below "the program" there is only plumbing. `train` is the loop. "Official" is the paper's code,
+github.com/LightDXY/FT-CLIP at commit 3f9cefa.
 """
 
 import argparse
 import contextlib
 import copy
-import datetime
 import difflib
-import errno
 import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -38,12 +36,14 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -57,54 +57,110 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- recipes
 
-COMMON = {
-    "pretrained": "openai",
-    "min_lr": 1e-6,  # of the head; that of a layer below is smaller, like its lr
-    "weight_decay": 0.05,
-    "label_smoothing": 0.1,
-    "drop_path": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "clip_grad": 0.0,
-    "randaug": 9.0,
-    "random_erasing": 0.25,
-    "crop_scale": 0.08,
+SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; greatest; meaning)
+    "epochs": (None, 1, 10**6, "passes over the training images"),
+    "warmup_epochs": (None, 0.0, 1e6, "with lr rising from 0 (default: the recipe's share)"),
+    "batch_size": (None, 1, 10**9, "images per optimizer step, over all devices (default: less on few)"),
+    "micro_batch_size": (None, 1, 10**9, "images per device at once: lower it to fit"),
+    "lr": (None, 1e-12, 1e3, "of the head, literal (default: scaled by the batch)"),
+    "min_lr": (1e-6, 0.0, 1e3, "of the head at the end; that of a layer below is smaller, like its lr"),
+    "layer_decay": (None, 1e-3, 1.0, "lr of a layer over that of the one above it, 1 is off"),
+    "weight_decay": (0.05, 0.0, 1e3, "of AdamW, 0 is off"),
+    "ema_decay": (
+        0.9998,
+        0.0,
+        0.999999,
+        "remembers 1 / (1 − decay) steps, 0 is off (default: less in a short run)",
+    ),
+    "clip_grad": (0.0, 0.0, 1e9, "greatest norm of the gradient, 0 is off"),
+    "label_smoothing": (0.1, 0.0, 0.99, "0 is off"),
+    "drop_path": (0.0, 0.0, 0.99, "probability at the last block, 0 is off"),
+    "mixup": (0.0, 0.0, 1e3, "alpha of MixUp, 0 is off; with --cutmix, one or the other"),
+    "cutmix": (0.0, 0.0, 1e3, "alpha of CutMix, 0 is off"),
+    "randaug": (9.0, 0.0, 10.0, "mean magnitude of RandAugment, 0 is off"),
+    "random_erasing": (0.25, 0.0, 1.0, "probability of a box of noise, 0 is off"),
+    "crop_scale": (0.08, 1e-4, 1.0, "least area of the random crop, as a share of the image"),
+    "train_blocks": (None, 0, 999, "tune the last K, 0: linear probing (default: all, and the embeddings)"),
+    "image_size": (None, 1, 8192, "pixels; positions are resized (default: the model's)"),
+    "eval_every": (1, 1, 10**6, "epochs; the last is always evaluated"),
+    "save_every": (0, 0, 10**9, "steps between saves of last.pt, 0: an epoch"),
+    "workers": (None, 0, 999, "loader processes per device (default: cores / devices)"),
+    "seed": (0, 0, 10**18, "of everything random"),
 }
+COMMON = {name: value for name, (value, *_) in SETTINGS.items()}
+COMMON |= {"pretrained": "openai", "quick_gelu": None, "betas": (0.9, 0.999), "eps": 1e-8}  # AdamW's
+# timm's rand-m9-mstd0.5-inc1; width / height of a crop; share of the image and height / width of an erased box
+COMMON |= {"randaug_std": 0.5, "randaug_ops": 2, "randaug_probability": 0.5}
+COMMON |= {"crop_aspect": (3 / 4, 4 / 3), "erasing_area": (0.02, 1 / 3), "erasing_aspect": (0.3, 1 / 0.3)}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 B16 = COMMON | {"layer_decay": 0.6, "epochs": 50, "warmup_epochs": 10}
 L14 = COMMON | {"layer_decay": 0.65, "epochs": 30, "warmup_epochs": 5}
 # The patch embedding, conv1, is frozen at CLIP's own resolution; the position embeddings always learn.
 LOW_RES, HIGH_RES = {"freeze_patch_embed": True}, {"freeze_patch_embed": False}
 # The four published runs, from the official scripts and logs. lr is the head's, for this global batch, which
 # was 8 GPUs x 256 x 1 accumulation, 8 x 64 x 4, 8 x 64 x 4 and 24 x 20 x 4. All start from weights for 224.
-RECIPES = {
+RECIPES = {  # in the paper 85.7, 86.6, 88.0 and 88.3 % top-1
     ("ViT-B-16", 224): B16 | LOW_RES | {"lr": 6e-4, "batch_size": 2048, "micro_batch_size": 256},
     ("ViT-B-16", 384): B16 | HIGH_RES | {"lr": 7e-4, "batch_size": 2048, "micro_batch_size": 64},
     ("ViT-L-14", 224): L14 | LOW_RES | {"lr": 4e-4, "batch_size": 2048, "micro_batch_size": 64},
     ("ViT-L-14", 336): L14 | HIGH_RES | {"lr": 6e-4, "batch_size": 1920, "micro_batch_size": 20},
 }
-
 # A tiny ViT from scratch: nothing is pretrained, so nothing is frozen and all layers learn at the same pace.
-DEMO = {
-    "model": {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}},
-    "pretrained": "none",
-    "lr": 1e-3,
-    "layer_decay": 1.0,
-    "freeze_patch_embed": False,
-    "batch_size": 64,
-    "epochs": 12,
-    "warmup_epochs": 1,
-    "crop_scale": 0.5,
-    "output": "runs/demo",
-}
-DEMO_IMAGES = {"train": 500, "val": 100}  # per class
-DEMO_PATTERNS = {
-    "checkerboard": lambda x, y: torch.sin(x) * torch.sin(y),
-    "diagonals": lambda x, y: torch.sin(x + y),
-    "dots": lambda x, y: torch.sin(x) + torch.sin(y) - 1,
-    "pillars": lambda x, y: torch.sin(x),
-    "rings": lambda x, y: torch.sin(torch.hypot(x, y)),
-    "stripes": lambda x, y: torch.sin(y),
-}
+DEMO_MODEL = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}}
+DEMO = {"pretrained": "none", "freeze_patch_embed": False, "layer_decay": 1.0, "lr": 1e-3, "batch_size": 64}
+DEMO |= {"epochs": 12, "warmup_epochs": 1, "crop_scale": 0.5}
+
+
+def nearest_recipe(name: str, layers: int, image_size: int) -> tuple[str, int]:
+    """The key in RECIPES of this model, or else of the nearest: first by depth, then by image size."""
+    if name not in {model for model, _ in RECIPES}:
+        name = "ViT-L-14" if layers > 12 else "ViT-B-16"
+    return min((key for key in RECIPES if key[0] == name), key=lambda key: abs(key[1] - image_size))
+
+
+def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tuple:
+    """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes them later.
+
+    What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
+    leaves 32 steps an epoch; lr belongs to a batch and scales with it, warm-up to a number of epochs likewise;
+    the EMA remembers a third of the run at most; the micro-batch is the largest up to the recipe's that divides.
+    Returns a named tuple; raises ValueError for numbers that do not go together.
+
+    Args:
+        recipe: one of RECIPES.
+        given: values for the recipe's names; other names pass through.
+        devices: number of processes; batch_size = devices · micro_batch_size · accumulation.
+    """
+    fits = num_images >= 32 * recipe["batch_size"]
+    batch = recipe["batch_size"] if fits else 2 ** int(math.log2(max(1, num_images // 32)))
+    plan = recipe | {"batch_size": batch} | given
+    batch, larger = plan["batch_size"], plan["batch_size"] / recipe["batch_size"]
+    plan |= {key: recipe[key] * larger for key in ("lr", "min_lr")}
+    plan |= {"warmup_epochs": recipe["warmup_epochs"] * plan["epochs"] / recipe["epochs"]} | given
+    unit = devices * given.get("micro_batch_size", 1)
+    if batch > num_images:
+        raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
+    if batch % unit:
+        chain = f"{devices} device(s) x {unit // devices} image(s)"
+        near = f"{batch // unit * unit or unit} or {(batch // unit + 1) * unit}"
+        raise ValueError(f"--batch-size {batch} is not a multiple of {chain}: try {near}")
+    if plan["min_lr"] > plan["lr"]:
+        raise ValueError(f"--min-lr {plan['min_lr']:g} is above --lr {plan['lr']:g}: lower it")
+    if plan["warmup_epochs"] >= plan["epochs"]:
+        raise ValueError(f"--warmup-epochs {plan['warmup_epochs']:g} leaves nothing to train: lower it")
+    share = batch // devices
+    divisors = [size for size in range(1, recipe["micro_batch_size"] + 1) if share % size == 0]
+    micro = given.get("micro_batch_size", divisors[-1])
+    steps = num_images // batch  # the rest is dropped, other images each epoch
+    plan |= {"micro_batch_size": micro, "accumulation": share // micro, "steps_per_epoch": steps}
+    plan["total_steps"] = total = plan["epochs"] * steps
+    plan["warmup_steps"] = min(round(plan["warmup_epochs"] * steps), total - 1)
+    plan["ema_decay"] = given.get("ema_decay", min(recipe["ema_decay"], 1 - 1 / max(2, total / 3)))
+    return namedtuple("Plan", plan)(**plan)
+
+
+# How a run is computed. Unlike the plan, it may change when a run is resumed.
+System = namedtuple("System", "rank world device amp_dtype workers compile")
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -118,14 +174,16 @@ class CLIPClassifier(nn.Module):
     Source: official models/finetune_clip.py:167-175, 230-231.
 
     Args:
-        trunk: images (N, 3, S, S) → tokens (N, 1 + patches, width), class token first.
-        width: size of a token.
+        trunk: open_clip's VisionTransformer, which is changed to return all tokens.
         num_classes: size of the output.
     """
 
-    def __init__(self, trunk: nn.Module, width: int, num_classes: int) -> None:
+    def __init__(self, trunk: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.trunk = trunk
+        # Tokens as the last block leaves them, (N, 1 + patches, width), class token first. Parameters that are
+        # not used would get no gradient, for which DistributedDataParallel waits: so they go.
+        trunk.ln_post, trunk.proj, trunk.pool_type, trunk.output_tokens = nn.Identity(), None, "none", False
+        self.trunk, width = trunk, trunk.positional_embedding.shape[1]
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -134,48 +192,35 @@ class CLIPClassifier(nn.Module):
             self.head.bias.mul_(0.001)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes) of normalised images (N, 3, S, S)."""
+        """Logits (N, num_classes), float32 also under autocast, of normalised images (N, 3, S, S)."""
         tokens = self.trunk(images)[:, 1:]  # (N, patches, width)
         features = self.norm(tokens).mean(dim=1)
-        with torch.autocast(images.device.type, enabled=False):  # bf16 logits would tie in an evaluation
+        # In bf16, with its eight bits, the logits of two classes are often equal, and the first of them wins.
+        with torch.autocast(images.device.type, enabled=False):
             return self.head(features.float())
 
 
 def model_config(model: str | dict) -> dict:
-    """open_clip's configuration of a plain ViT: by name, from a JSON file, or as given.
+    """open_clip's configuration of a plain ViT, by name, from a JSON file, or as given.
 
-    Returns:
-        {"embed_dim", "quick_gelu", "vision_cfg"}, a copy.
-
-    Raises:
-        ValueError: an unknown name, a file that is no configuration, or a tower other than open_clip's ViT.
+    Returns {"embed_dim", "quick_gelu", "vision_cfg"}, a copy; ValueError for what is no such thing.
     """
     import open_clip  # here, because it brings timm: a second that --help and a loader's worker need not pay
 
     name = model if isinstance(model, str) else "dict"
-    if isinstance(model, dict):
-        config = copy.deepcopy(model)
-    elif os.path.isfile(model):
-        try:
-            config = json.loads(Path(model).read_text())
-        except ValueError:
-            config = None
-    else:
-        config = open_clip.get_model_config(model)
-        if config is None:
-            near = ", ".join(difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.3))
-            raise ValueError(f"--model {model} is neither a file nor a model of open_clip's; near it: {near}")
     try:
-        embed_dim, vision = config["embed_dim"], config["vision_cfg"]
-        vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | vision
-    except (TypeError, KeyError):
-        way = "give JSON with embed_dim and vision_cfg"
-        raise ValueError(f"--model {name} is no model configuration: {way}") from None
-    numbers = [vision[key] for key in ("image_size", "patch_size", "layers", "width")]
-    plain = all(isinstance(number, int) and number > 0 for number in numbers)
-    if not plain or "timm_model_name" in vision or vision.get("attentional_pool"):
+        if os.path.isfile(name):
+            model = json.loads(Path(name).read_text())
+        config = open_clip.get_model_config(model) if isinstance(model, str) else copy.deepcopy(model)
+        vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
+        config = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
+    except (ValueError, TypeError, KeyError):
+        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=5, cutoff=0.3))
+        way = f"give one; near it: {near}"
+        raise ValueError(f"--model {name} is no open_clip model nor a JSON file of one: {way}") from None
+    if isinstance(vision["layers"], list) or "timm_model_name" in vision or vision.get("attentional_pool"):
         raise ValueError(f"--model {name} is not a plain ViT of open_clip's: choose one, such as ViT-B-16")
-    return {"embed_dim": embed_dim, "quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
+    return config | {"vision_cfg": vision}
 
 
 def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool | None]:
@@ -185,51 +230,74 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     before each name) or safetensors; a pickle with more than tensors in it is refused. Under
     torch.device("meta") nothing is downloaded or read, and the weights are empty.
 
-    Returns:
-        Weights by the tower's parameter names, and QuickGELU or not: what open_clip knows of the tag, True
-        for OpenAI's archive, None (unknown) for another file.
-
-    Raises:
-        ValueError: no such tag or file, or one that cannot be had or read, or that holds no CLIP ViT.
+    Returns weights by the tower's parameter names, and what open_clip knows of the tag, True for OpenAI's
+    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, or if it can't
+    be had or read, or holds no CLIP ViT.
     """
     import open_clip
 
-    torchscript = False
-    if os.path.isfile(pretrained):
-        if zipfile.is_zipfile(pretrained):
-            names = zipfile.ZipFile(pretrained).namelist()
-            torchscript = any(name.endswith("/constants.pkl") for name in names)
-        quick_gelu = True if torchscript else None
-    else:
+    path, tag = pretrained, {}
+    if not os.path.isfile(path):
         tag = open_clip.get_pretrained_cfg(model, pretrained)
         if not tag:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-            raise ValueError(
-                f"--pretrained {pretrained} is neither a file nor a tag of {model}: give a weights file, "
-                f"'none' for random weights, or one of its tags: {tags}"
-            )
-        quick_gelu = tag.get("quick_gelu", False)
+            ways = ", ".join(["a weights file", "none", *open_clip.list_pretrained_tags_by_model(model)])
+            raise ValueError(f"--pretrained {pretrained} is no file or tag of {model}: give one of {ways}")
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    torchscript = any(name.endswith("/constants.pkl") for name in names)
+    quick_gelu = tag.get("quick_gelu", False) if tag else torchscript or None
     if torch.empty(0).device.type == "meta":
         return {}, quick_gelu
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it reports each of ten retries
     try:
-        path = pretrained if os.path.isfile(pretrained) else open_clip.download_pretrained(tag)
+        path = open_clip.download_pretrained(tag) if tag else path
         if torchscript:
             weights = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             weights = open_clip.factory.load_state_dict(path)  # strips "module."
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"cannot load --pretrained {pretrained} ({reason}): give a whole file of OpenAI's, open_clip's, "
-            "torch.save's or safetensors' making"
-        ) from None
+        way = "give a whole file of OpenAI's, open_clip's, torch.save's or safetensors' making"
+        if tag:
+            way = "without a network, give a weights file, or fill the cache (HF_HOME, ~/.cache/huggingface)"
+        raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): {way}") from None
     if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
         weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
-    unused = ("proj", "ln_post.weight", "ln_post.bias")
-    weights = {name: value for name, value in weights.items() if name not in unused}
+    for unused in ("proj", "ln_post.weight", "ln_post.bias"):
+        weights.pop(unused, None)
     if "positional_embedding" not in weights:
-        raise ValueError(f"--pretrained {pretrained} holds no CLIP ViT, but {list(weights)[:3]} ...")
+        raise ValueError(f"--pretrained {pretrained} is no CLIP ViT, but {list(weights)[:3]}: give another")
     return weights, quick_gelu
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """Position embeddings for another image size: (1 + old², width) → (1 + grid², width), float32.
+
+    Bicubic without antialias, as in the paper's runs (open_clip's own resize has antialias, which is another
+    kernel); the class token's position stays as it is. Source: official run_class_finetuning.py:360-385.
+    """
+    positions, old = positions.float(), math.isqrt(len(positions) - 1)
+    if old == grid:
+        return positions
+    square = positions[1:].T.reshape(1, -1, old, old)  # (1, width, old, old)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], square[0].flatten(1).T])
+
+
+def add_drop_path(blocks: nn.ModuleList, probability: float) -> None:
+    """Stochastic depth (arXiv 1603.09382): drop residual branches of a sample, the more the higher they are.
+
+    Args:
+        blocks: open_clip's, where ls_1 and ls_2 are the ends of the residual branches.
+        probability: at the last block, falling linearly to 0 at the first one.
+    """
+
+    def drop(module: nn.Module, _: tuple, branch: Tensor, rate: float) -> Tensor:
+        return torchvision.ops.stochastic_depth(branch, rate, mode="row", training=module.training)
+
+    for i, block in enumerate(blocks if probability else ()):
+        hook = functools.partial(drop, rate=probability * i / max(1, len(blocks) - 1))
+        for end in (block.ls_1, block.ls_2):
+            end.register_forward_hook(hook)  # a module in their place would change the state dict's names
 
 
 def build_model(
@@ -245,89 +313,56 @@ def build_model(
 ) -> CLIPClassifier:
     """open_clip's image tower with the FT-CLIP head, float32, on the CPU.
 
-    To copy it, copy CLIPClassifier, model_config and load_weights with it.
+    Its `config` is the resolved configuration, from which it can be built again. Raises ValueError for an
+    unknown model or tag, an image size that is not a multiple of the patch, more blocks than there are, weights
+    that do not fit, or of which nothing tells the activation. To copy it, copy the five definitions above it too.
 
     Args:
         model: an open_clip ViT by name, the path of a model-config JSON, or such a configuration.
         pretrained: a tag of open_clip's, a weights file, or "none".
         image_size: pixels, None for the configuration's; position embeddings are resized to fit.
-        quick_gelu: None for what the weights were trained with, or else the configuration's.
-        drop_path: probability of dropping a residual branch of the last block, falling to 0 at the first one.
+        quick_gelu: None for what the tag, the file or the configuration says.
+        drop_path: see add_drop_path.
         train_blocks: tune only so many last blocks, norm and head (0 is linear probing); None, or as many as
             there are, is full fine-tuning, embeddings included.
         freeze_patch_embed: leave conv1 as it is.
         grad_checkpointing: compute the blocks again in the backward pass, to save memory.
-
-    Returns:
-        The classifier. Its `config` is the resolved configuration, from which the same model can be built;
-        `activation_guessed` tells that neither the weights nor quick_gelu said which activation is right.
-
-    Raises:
-        ValueError: an unknown model or tag, an image size that is not a multiple of the patch, more blocks
-            than there are, or weights that do not fit.
     """
     import open_clip
 
-    name = model if isinstance(model, str) else "dict"
-    config = model_config(model)
+    name, config = model if isinstance(model, str) else "dict", model_config(model)
     vision = config["vision_cfg"]
-    patch, image_size = vision["patch_size"], image_size or vision["image_size"]
-    if image_size % patch:
-        near = max(patch, image_size // patch * patch)
-        raise ValueError(
-            f"--image-size {image_size} is not a multiple of {name}'s patch of {patch} pixels: try {near} or "
-            f"{near + patch}"
-        )
-    weights, needs_quick_gelu = ({}, None) if pretrained == "none" else load_weights(name, pretrained)
-    guessed = quick_gelu is None and needs_quick_gelu is None and pretrained != "none"
+    size, patch = image_size or vision["image_size"], vision["patch_size"]
+    if size % patch:
+        near = f"{max(1, size // patch) * patch} or {(max(1, size // patch) + 1) * patch}"
+        raise ValueError(f"--image-size {size} is not a multiple of the patch of {patch} pixels: try {near}")
+    weights, needed = ({}, config["quick_gelu"]) if pretrained == "none" else load_weights(name, pretrained)
+    if quick_gelu is None:
+        quick_gelu = (config["quick_gelu"] or None) if needed is None else needed
     if quick_gelu is None:  # GELU where QuickGELU belongs would cost accuracy in silence
-        quick_gelu = config["quick_gelu"] if needs_quick_gelu is None else needs_quick_gelu
-    config["quick_gelu"], vision["image_size"] = quick_gelu, image_size
+        way = "give --quick-gelu for OpenAI's weights, or else --no-quick-gelu"
+        raise ValueError(f"--pretrained {pretrained} does not say its activation: {way}")
+    config["quick_gelu"], vision["image_size"] = quick_gelu, size
 
     # open_clip builds towers in pairs: ask for the smallest text tower, and drop it at once.
     text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    classifier = CLIPClassifier(open_clip.CLIP(**config, text_cfg=text).visual, num_classes)
+    classifier.config, trunk = config, classifier.trunk
     try:
-        trunk = open_clip.CLIP(**config, text_cfg=text).visual
-    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"--model {name}: open_clip cannot build {vision} ({error}): correct it") from None
-    # All tokens, as the last block leaves them. ln_post and proj, unused, would get no gradient and stop DDP.
-    trunk.ln_post, trunk.proj, trunk.pool_type, trunk.output_tokens = nn.Identity(), None, "none", False
-    classifier = CLIPClassifier(trunk, vision["width"], num_classes)
-    classifier.config, classifier.activation_guessed = config, guessed
-
-    if weights:
-        positions, grid = weights["positional_embedding"].float(), image_size // patch
-        old_grid = math.isqrt(len(positions) - 1)
-        if old_grid != grid and old_grid**2 + 1 == len(positions):
-            # Bicubic without antialias, as in the paper's runs; the class token's position stays as it is.
-            # open_clip's own resize has antialias, another kernel. Official run_class_finetuning.py:360-385.
-            square = positions[1:].T.reshape(1, -1, old_grid, old_grid)  # (1, width, old grid, old grid)
-            square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-            weights["positional_embedding"] = torch.cat([positions[:1], square[0].flatten(1).T])
-        found = {key: tuple(value.shape) for key, value in weights.items()}
-        wanted = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
-        for key in wanted | found:
-            if found.get(key) != wanted.get(key):
-                raise ValueError(
-                    f"--pretrained {pretrained} does not fit {name}: {key} is {found.get(key, 'none')} there "
-                    f"and {wanted.get(key, 'none')} in the model; give the --model that it was made for"
-                )
-        trunk.load_state_dict(weights)
-
-    def drop_branch(module: nn.Module, inputs: tuple, output: Tensor, rate: float) -> Tensor:
-        return torchvision.ops.stochastic_depth(output, rate, mode="row", training=module.training)
-
+        if weights:
+            weights["positional_embedding"] = resize_positions(weights["positional_embedding"], size // patch)
+            trunk.load_state_dict(weights)
+    except RuntimeError as error:
+        reason, way = " ".join(str(error).split())[:300], "give the --model that it was made for"
+        raise ValueError(f"--pretrained {pretrained} does not fit {name} ({reason}): {way}") from None
     blocks = trunk.transformer.resblocks
-    for i, block in enumerate(blocks if drop_path else ()):
-        for branch in (block.ls_1, block.ls_2):  # the ends of the two residual branches
-            # A hook rather than a module, so that the state dict keeps open_clip's names.
-            rate = drop_path * i / max(1, len(blocks) - 1)
-            branch.register_forward_hook(functools.partial(drop_branch, rate=rate))
-    if train_blocks is not None and train_blocks > len(blocks):
-        raise ValueError(f"--train-blocks {train_blocks} is more than {name} has: give {len(blocks)} at most")
-    if train_blocks is not None and train_blocks < len(blocks):
+    add_drop_path(blocks, drop_path)
+    tuned = len(blocks) if train_blocks is None else train_blocks
+    if tuned > len(blocks):
+        raise ValueError(f"--train-blocks {tuned} is more than {name} has: give {len(blocks)} at most")
+    if tuned < len(blocks):
         trunk.requires_grad_(False)
-        blocks[len(blocks) - train_blocks :].requires_grad_(True)
+        blocks[len(blocks) - tuned :].requires_grad_(True)
     if freeze_patch_embed:
         trunk.conv1.requires_grad_(False)
     trunk.set_grad_checkpointing(grad_checkpointing)
@@ -337,63 +372,57 @@ def build_model(
 # ---------------------------------------------------------------------------------------------- optimization
 
 
-def layer_id(name: str, num_layers: int) -> int:
-    """Depth of a parameter of CLIPClassifier: 0 embeddings, i + 1 block i, num_layers + 1 norm and head.
+def layer_id(name: str) -> float:
+    """Depth of a parameter of CLIPClassifier: 0 embeddings, i + 1 block i, infinity for norm and head.
 
     For another model, write another function like it: in timm's ViTs, the blocks are "blocks.<i>.", norm and
-    head "norm.", "fc_norm." and "head.", and the rest is 0. Source: official optim_factory.py:22-39.
-
-    Raises:
-        ValueError: not a parameter of CLIPClassifier.
+    head "norm.", "fc_norm." and "head.", embeddings "cls_token", "pos_embed", "patch_embed." and "norm_pre.".
+    A name that is nowhere is a ValueError. Source: official optim_factory.py:22-39.
     """
     if name.startswith("trunk.transformer.resblocks."):
         return int(name.split(".")[3]) + 1
-    if name.startswith(("norm.", "head.")):
-        return num_layers + 1
-    if name.startswith("trunk."):  # class_embedding, positional_embedding, conv1, ln_pre
+    embeddings = ("class_embedding", "positional_embedding", "conv1.", "ln_pre.")
+    if name.startswith(tuple(f"trunk.{embedding}" for embedding in embeddings)):
         return 0
+    if name.startswith(("norm.", "head.")):
+        return math.inf
     raise ValueError(f"parameter {name} belongs to no layer: teach layer_id where it is")
 
 
 def param_groups(
     model: nn.Module,
-    layer_id: Callable[[str, int], int],
-    num_layers: int,
+    layer_id: Callable[[str], float],
     lr: float,
     layer_decay: float,
-    weight_decay: float = 0.05,
-    no_decay: tuple[str, ...] = ("class_embedding", "positional_embedding", "cls_token", "pos_embed"),
+    weight_decay: float,
+    no_decay: tuple[str, ...] = ("_embedding", "_token", "pos_embed"),
 ) -> list[dict]:
     """AdamW's parameter groups, with a learning rate that decays from the head down to the embeddings.
 
-    Layer i learns with lr · layer_decay^(num_layers + 1 − i): near the pixels, more of CLIP stays.
+    Layer i of L blocks learns with lr · layer_decay^(L + 1 − i): near the pixels, more of CLIP stays.
     A schedule must keep to it, before each optimizer step: group["lr"] = lr_at(...) * group["lr_scale"]
     (timm's own schedulers would apply lr_scale twice). Vectors (norms and biases) and names that end in
-    `no_decay` get no weight decay; frozen parameters are in no group.
-    Source: official optim_factory.py:60, run_class_finetuning.py:441.
+    `no_decay` (as open_clip's and timm's tokens and positions do) get no weight decay; frozen parameters are
+    in no group. Source: official optim_factory.py:60, run_class_finetuning.py:441.
+
+    Returns two groups a layer at most, from the embeddings up: {"params", "names", "layer", "lr", "lr_scale",
+    "weight_decay"}. Raises ValueError if layer_id does not find embeddings, blocks and head, without a gap.
 
     Args:
         model: not wrapped in DDP or torch.compile, which change the names.
-        layer_id: (parameter name, num_layers) → 0 for the embeddings, ..., num_layers + 1 for the head.
-        num_layers: number of transformer blocks.
+        layer_id: parameter name → 0 for the embeddings, 1 to L for the blocks, infinity for the head.
         lr: of the head.
-        no_decay: what open_clip and timm call the class token and the positions, which are not vectors.
-
-    Returns:
-        Two groups a layer at most, from the embeddings up: {"params", "names", "layer", "lr", "lr_scale",
-        "weight_decay"}.
-
-    Raises:
-        ValueError: layer_id and num_layers do not belong together.
     """
+    depths = {name: layer_id(name) for name, _ in model.named_parameters()}
+    found, top = sorted(set(depths.values())), len(set(depths.values())) - 1
+    if top < 2 or found != [*range(top), math.inf]:
+        raise ValueError(f"layer_id finds the layers {found}, not 0, 1, ... and inf: make it fit the model")
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decays = layer_id(name, num_layers), parameter.ndim > 1 and not name.endswith(no_decay)
-        if not 0 <= layer <= num_layers + 1:
-            raise ValueError(f"{name} is in layer {layer} of {num_layers + 1}: num_layers is another model's")
-        scale = layer_decay ** (num_layers + 1 - layer)
+        layer, decays = min(depths[name], top), parameter.ndim > 1 and not name.endswith(no_decay)
+        scale = layer_decay ** (top - layer)
         group = {"layer": layer, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decays}
         group = groups.setdefault((layer, decays), group | {"params": [], "names": []})
         group["params"].append(parameter)
@@ -401,39 +430,36 @@ def param_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float = 0.0) -> float:
+def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
     """Learning rate of optimizer step `step`, from 0: linear from 0 to lr, then half a cosine towards min_lr.
 
     With a warm-up of two steps or more, step 0 has lr 0 (and moves nothing), step warmup_steps − 1 has lr,
-    and so has the next, the first of the cosine. Source: official utils.py:407-424.
-
-    Args:
-        step: 0 ≤ step < total_steps.
-        lr: of the head; a group's own is this times its lr_scale.
+    and so has the next, the first of the cosine. After the last step it is min_lr. lr and min_lr are the
+    head's; a group's own are these times its lr_scale. Source: official utils.py:407-424.
     """
     if step < warmup_steps:
-        return lr * step / max(1, warmup_steps - 1)
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+        peak = max(1, warmup_steps - 1)
+        return lr * min(step, peak) / peak
+    progress = (min(step, total_steps) - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * progress))
 
 
 class EMA:
     """A moving average of a model's weights: after each optimizer step, ema += (1 − decay) · (weights − ema).
 
-    It starts from the starting weights and remembers 1 / (1 − decay) steps: 5,000 for the paper's 0.9998,
-    with which the average of a much shorter run would hardly leave its start. There, ftclip remembers a third
-    of the run: decay = 1 − 3 / total_steps. Source: official engine_for_finetuning.py:92.
+    It starts from the starting weights and remembers 1 / (1 − decay) steps, 5,000 for the paper's 0.9998: in a
+    run that is not several times as long, take less, or it hardly leaves its start.
+    Source: official engine_for_finetuning.py:92.
 
-    Args:
-        model: already on its device; neither compiled nor wrapped.
-
-    Attributes:
-        module: the averaged model, in evaluation mode; save its state dict.
+    `module` is the averaged model, in evaluation mode. The model that it is made from must already be on its
+    device, and neither compiled nor wrapped. A decay outside 0 ≤ decay < 1 is a ValueError.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay {decay} is not from 0 to less than 1: give such a one")
+        self.module, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+        self.state_dict, self.load_state_dict = self.module.state_dict, self.module.load_state_dict
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -446,108 +472,65 @@ class EMA:
 # ---------------------------------------------------------------------------------------------- augmentation
 
 
-def read_image(path: str | os.PathLike) -> Tensor:
-    """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
-
-    torchvision decodes JPEG, twice as fast as Pillow, which reads all else (and JPEG too, once torchvision
-    has dropped its decoders, as 0.29 announces). torchvision 0.29.2 can crash at a damaged PNG.
-
-    Raises:
-        ValueError: not a whole image.
-    """
-    try:
-        if not os.path.isfile(path):  # to open a pipe is to wait for ever
-            raise ValueError("no such file")
-        with open(path, "rb") as file:
-            jpeg = file.read(2) == b"\xff\xd8"
-        if jpeg:
-            with contextlib.suppress(RuntimeError, AttributeError):
-                return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-        with Image.open(path) as file:
-            if not file.mode.startswith("I"):
-                return v2.functional.pil_to_tensor(file.convert("RGB"))
-            grey = v2.functional.pil_to_tensor(file.convert("I"))  # 16 bits, in 32
-            return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
-    except Exception as error:  # noqa: BLE001, each decoder has its own
-        raise ValueError(f"cannot read image {path} ({error}): repair or replace it") from None
-
-
 class RandAugment:
     """RandAugment (arXiv 1909.13719) as the paper used it: timm's rand-m9-mstd0.5-inc1, on RGB Pillow images.
 
-    Two of fifteen operations, drawn with replacement; each is applied with probability 0.5, at a magnitude
-    from N(9, 0.5) clipped to [0, 10], with either sign equally likely. torchvision's RandAugment(2, 9) is
-    another thing: 30 % of the full strength where this is 90 %, always applied, nearest pixel, black borders.
-    It goes before ToTensor; an image of another mode needs image.convert("RGB") first.
+    Operations are drawn with replacement; each is applied or not, at a magnitude drawn from N(magnitude, std)
+    and clipped to [0, 10], with either sign equally likely. torchvision's RandAugment(2, 9) is another thing:
+    30 % of the full strength where this is 90 %, always applied, nearest pixel, black borders. It goes before
+    ToTensor; an image of another mode needs image.convert("RGB") first.
 
     Args:
-        magnitude: mean strength, 0 to 10.
-        std: standard deviation of the strength.
-        num_ops: operations drawn for an image.
-        probability: of applying an operation that was drawn.
-        fill: colour of what comes from outside the image: CLIP's mean, in RGB from 0 to 255.
+        magnitude: mean strength, 0 to 10; the paper's is 9.
+        std: standard deviation of the strength; 0.5.
+        num_ops: operations drawn for an image; 2.
+        probability: of applying an operation that was drawn; 0.5.
+        fill: colour of what comes from outside the image, RGB from 0 to 255; 255 · CLIP_MEAN.
     """
 
-    OPS = (
-        *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color"),
-        *("Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"),
-    )
+    OPS: ClassVar = {  # of an image, at strength m = magnitude / 10 and with sign s; v is a colour, 0 to 255
+        "AutoContrast": lambda self, im, m, s: ImageOps.autocontrast(im),
+        "Equalize": lambda self, im, m, s: ImageOps.equalize(im),
+        "Invert": lambda self, im, m, s: self.map(im, lambda v: 255 - v),
+        "Rotate": lambda self, im, m, s: im.rotate(s * 30 * m, Image.BICUBIC, fillcolor=self.fill),
+        "Posterize": lambda self, im, m, s: self.map(im, lambda v: v & (255 << 4 + int(4 * m))),
+        "Solarize": lambda self, im, m, s: self.map(im, lambda v: 255 - v if v >= 256 - int(256 * m) else v),
+        "SolarizeAdd": lambda self, im, m, s: self.map(im, lambda v: v + int(110 * m) if v < 128 else v),
+        "Color": lambda self, im, m, s: self.enhance(ImageEnhance.Color, im, s * 0.9 * m),
+        "Contrast": lambda self, im, m, s: self.enhance(ImageEnhance.Contrast, im, s * 0.9 * m),
+        "Brightness": lambda self, im, m, s: self.enhance(ImageEnhance.Brightness, im, s * 0.9 * m),
+        "Sharpness": lambda self, im, m, s: self.enhance(ImageEnhance.Sharpness, im, s * 0.9 * m),
+        "ShearX": lambda self, im, m, s: self.affine(im, 1, s * 0.3 * m, 0, 0, 1, 0),
+        "ShearY": lambda self, im, m, s: self.affine(im, 1, 0, 0, s * 0.3 * m, 1, 0),
+        "TranslateX": lambda self, im, m, s: self.affine(im, 1, 0, s * 0.45 * m * im.width, 0, 1, 0),
+        "TranslateY": lambda self, im, m, s: self.affine(im, 1, 0, 0, 0, 1, s * 0.45 * m * im.height),
+    }
 
-    def __init__(
-        self,
-        magnitude: float = 9.0,
-        std: float = 0.5,
-        num_ops: int = 2,
-        probability=0.5,
-        fill=(123, 117, 104),
-    ) -> None:
+    def __init__(self, magnitude: float, std: float, num_ops: int, probability: float, fill: tuple) -> None:
         self.magnitude, self.std, self.num_ops, self.probability = magnitude, std, num_ops, probability
         self.fill = fill
 
     def __call__(self, image: Image.Image, rng: random.Random = random) -> Image.Image:
         """The image, augmented or as it was. All chance comes from rng, a random.Random or that module."""
-        for op in rng.choices(self.OPS, k=self.num_ops):
+        for op in rng.choices(list(self.OPS), k=self.num_ops):
             if rng.random() < self.probability:
                 magnitude = min(max(rng.gauss(self.magnitude, self.std), 0.0), 10.0)
                 image = self.apply(image, op, magnitude, rng.choice((-1, 1)))
         return image
 
     def apply(self, image: Image.Image, op: str, magnitude: float, sign: int = 1) -> Image.Image:
-        """One operation, at a magnitude from 0 to 10."""
-        level = magnitude / 10
-        factor = max(0.1, 1 + sign * 0.9 * level)  # 1 changes nothing
-        bicubic = {"resample": Image.Resampling.BICUBIC, "fillcolor": self.fill}
-        match op:
-            case "AutoContrast":
-                return ImageOps.autocontrast(image)
-            case "Equalize":
-                return ImageOps.equalize(image)
-            case "Invert":
-                return ImageOps.invert(image)
-            case "Rotate":
-                return image.rotate(sign * 30 * level, **bicubic)
-            case "Posterize":
-                bits = 4 - int(4 * level)  # 0 bits are black, but Pillow 13 refuses them
-                return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
-            case "Solarize":
-                return ImageOps.solarize(image, 256 - int(256 * level))
-            case "SolarizeAdd":
-                add = int(110 * level)
-                return image.point([value + add if value < 128 else value for value in range(256)] * 3)
-            case "Color" | "Contrast" | "Brightness" | "Sharpness":
-                return getattr(ImageEnhance, op)(image).enhance(factor)
-            # Affine: the pixel at (x, y) is taken from (a x + b y + c, d x + e y + f).
-            case "ShearX":
-                matrix = (1, sign * 0.3 * level, 0, 0, 1, 0)
-            case "ShearY":
-                matrix = (1, 0, 0, sign * 0.3 * level, 1, 0)
-            case "TranslateX":
-                matrix = (1, 0, sign * 0.45 * level * image.width, 0, 1, 0)
-            case "TranslateY":
-                matrix = (1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
-            case _:
-                raise ValueError(f"RandAugment has no operation {op}: choose one of {', '.join(self.OPS)}")
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, **bicubic)
+        """One operation of OPS, at a magnitude from 0 to 10."""
+        return self.OPS[op](self, image, magnitude / 10, sign)
+
+    def map(self, image: Image.Image, function: Callable[[int], int]) -> Image.Image:
+        return image.point([function(value) for value in range(256)] * 3)
+
+    def enhance(self, kind: Callable, image: Image.Image, change: float) -> Image.Image:
+        return kind(image).enhance(max(0.1, 1 + change))
+
+    def affine(self, image: Image.Image, *matrix: float) -> Image.Image:
+        """(a, b, c, d, e, f): the pixel at (x, y) is taken from (a x + b y + c, d x + e y + f)."""
+        return image.transform(image.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=self.fill)
 
 
 class RandomErasing:
@@ -556,12 +539,12 @@ class RandomErasing:
     The box is drawn where the sample is made, the noise where the batch is used; erasing(images) does both.
 
     Args:
-        probability: of erasing a box in an image.
-        area: least and greatest share of the image.
-        aspect: least and greatest height / width, drawn log-uniformly.
+        probability: of erasing a box in an image; the paper's is 0.25.
+        area: least and greatest share of the image; (0.02, 1/3).
+        aspect: least and greatest height / width, drawn log-uniformly; (0.3, 1/0.3).
     """
 
-    def __init__(self, probability: float = 0.25, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3)) -> None:
+    def __init__(self, probability: float, area: tuple[float, float], aspect: tuple[float, float]) -> None:
         self.probability, self.area, self.aspect = probability, area, aspect
 
     def sample(self, height: int, width: int, rng: random.Random = random) -> tuple[int, int, int, int]:
@@ -585,51 +568,44 @@ class RandomErasing:
 
 
 def train_transform(
-    image: Tensor,
-    rng: random.Random = random,
-    image_size: int = 224,
-    crop_scale: float = 0.08,
-    randaugment: Callable[[Image.Image, random.Random], Image.Image] | None = None,
+    image: Tensor, rng: random.Random, image_size: int, crop_scale: float, crop_aspect: tuple, augment=None
 ) -> Tensor:
     """A random crop, resized, perhaps mirrored, augmented: what a loader's workers do with a training image.
 
+    Returns uint8 (3, image_size, image_size): a quarter of the bytes of floats to copy to the GPU.
+
     Args:
         image: uint8 (3, H, W).
-        rng: where all chance comes from.
+        rng: where all chance comes from, a random.Random or that module.
         image_size: pixels of each side.
-        crop_scale: least area of the crop, as a share of the image.
-
-    Returns:
-        uint8 (3, image_size, image_size): a quarter of the bytes of floats to copy to the GPU.
+        crop_scale: least area of the crop, as a share of the image; the paper's is 0.08.
+        crop_aspect: least and greatest width / height of the crop, drawn log-uniformly; (3/4, 4/3).
+        augment: (Pillow image, rng) → Pillow image, such as a RandAugment, or None.
     """
     height, width = image.shape[1:]
     for _ in range(10):  # tries for a crop that lies within the image
         area = rng.uniform(crop_scale, 1) * height * width
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))  # width / height
+        aspect = math.exp(rng.uniform(*map(math.log, crop_aspect)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top, left = rng.randint(0, height - h), rng.randint(0, width - w)
             break
     else:  # a very long image: its middle, as long as the aspect allows
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        w, h = min(width, round(height * crop_aspect[1])), min(height, round(width / crop_aspect[0]))
         top, left = (height - h) // 2, (width - w) // 2
     size, bicubic = [image_size, image_size], v2.InterpolationMode.BICUBIC
     image = v2.functional.resized_crop(image, top, left, h, w, size, bicubic, antialias=True)
     if rng.random() < 0.5:
         image = image.flip(-1)
-    if randaugment:
-        image = v2.functional.pil_to_tensor(randaugment(v2.functional.to_pil_image(image), rng))
+    if augment:
+        image = v2.functional.pil_to_tensor(augment(v2.functional.to_pil_image(image), rng))
     return image
 
 
-def eval_transform(image: Tensor | Image.Image, image_size: int = 224) -> Tensor:
+def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
     """The short side resized to image_size, bicubic, and the middle square (official datasets.py:76-84).
 
-    Args:
-        image: uint8 (3, H, W), or a Pillow image of any mode.
-
-    Returns:
-        uint8 (3, image_size, image_size).
+    From uint8 (3, H, W), or a Pillow image of any mode, to uint8 (3, image_size, image_size).
     """
     if isinstance(image, Image.Image):
         image = v2.functional.pil_to_tensor(image.convert("RGB"))
@@ -637,78 +613,107 @@ def eval_transform(image: Tensor | Image.Image, image_size: int = 224) -> Tensor
     return v2.functional.center_crop(image, [image_size])
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images (..., 3, H, W) as float32, with mean and standard deviation of CLIP's training images."""
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
+    """uint8 images (..., 3, H, W) as float32 from 0 to 1, less the mean, over the deviation of each channel."""
     images = images.float() / 255
-    for channel in range(3):  # tensors of them would be copied, and the GPU waited for
-        images[..., channel, :, :].sub_(mean[channel]).div_(std[channel])
+    for i, (m, s) in enumerate(zip(mean, std)):  # as tensors, they would be copied, and the GPU waited for
+        images[..., i, :, :].sub_(m).div_(s)
     return images
+
+
+def augment_on_device(
+    images: Tensor, boxes: Tensor, labels: Tensor, device: torch.device, erasing: RandomErasing, mixes: list
+) -> tuple[Tensor, Tensor]:
+    """What happens to a micro-batch on the device: normalised, erased, mixed (by one of mixes, if there are).
+
+    From uint8 (N, 3, S, S), boxes (N, 4) and labels (N,) to float32 images and labels, (N, num_classes) if mixed.
+    """
+    images = normalize(images.to(device, non_blocking=True), CLIP_MEAN, CLIP_STD)
+    images, labels = erasing(images, boxes.tolist()), labels.to(device, non_blocking=True)
+    return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
 
 
 # ---------------------------------------------------------------------------------------------- data
 
 
-class FolderDataset(torchvision.datasets.ImageFolder):
+def read_image(path: str | os.PathLike) -> Tensor:
+    """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
+
+    torchvision decodes JPEG, twice as fast as Pillow, which reads all else (and JPEG too, once torchvision
+    has dropped its decoders, as 0.29 announces). torchvision 0.29.2 can crash at a damaged PNG.
+    What is no whole image is a ValueError.
+    """
+    try:
+        with open(path, "rb") as file:
+            jpeg = file.read(2) == b"\xff\xd8"
+        if jpeg:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
+        with Image.open(path) as file:
+            if not file.mode.startswith("I"):
+                return v2.functional.pil_to_tensor(file.convert("RGB"))
+            grey = v2.functional.pil_to_tensor(file.convert("I"))  # 16 bits, in 32
+            return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
+    except Exception as error:  # noqa: BLE001, each decoder has its own
+        raise ValueError(f"cannot read image {path} ({error}): repair or replace it") from None
+
+
+class FolderDataset(Dataset):
     """ROOT/<class>/*, in which a training sample is the same pixels in any process, worker, or restart.
 
     Key (epoch, index) gives (image, box to erase (4,), label); all chance comes from (seed, epoch, index).
     Key index gives (image, label), for evaluation.
 
+    classes are the folders' names, sorted; samples are (path, label), a label being a place in classes; left_out
+    are files that are no images by their names. Raises ValueError for no class folder, no image in a class, a
+    folder that cannot be read or is reached twice.
+
     Args:
-        loader: path → uint8 (3, H, W).
+        load: path → uint8 (3, H, W).
         transform: for training (image, rng) → image, for evaluation image → image.
-        erasing: whose `sample(height, width, rng)` gives the box.
-
-    Attributes:
-        left_out: files in the class folders that are no images by their names.
-
-    Raises:
-        ValueError: no such folder, no class in it, no image in a class, an unreadable or doubled folder.
+        box: for training (height, width, rng) → box to erase.
     """
 
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
-    def __init__(
-        self, root: str, loader: Callable, transform: Callable, erasing: Callable | None = None, seed: int = 0
-    ) -> None:
-        layout = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/"
-        if not os.path.isdir(root):
-            raise ValueError(f"no folder {root}: {layout}")
-        if not any(entry.is_dir() for entry in os.scandir(root)):
-            raise ValueError(f"no class folders in {root}: {layout} (sort ImageNet's flat val first)")
-        folders: dict[str, str] = {}
+    def __init__(self, root: str, load: Callable, transform: Callable, box=None, seed: int = 0) -> None:
+        self.load, self.transform, self.box, self.seed = load, transform, box, seed
+        folders = sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else []
+        self.classes = [entry.name for entry in folders if entry.is_dir()]
+        if not self.classes:
+            way = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/ (sort ImageNet's flat val)"
+            raise ValueError(f"no class folders in {root}: {way}")
 
         def refuse(error: OSError) -> None:  # else the folder would be left out in silence
-            raise ValueError(
-                f"cannot read {error.filename} ({error.strerror}): make it readable or remove it"
-            )
+            raise ValueError(f"cannot read {error.filename} ({error.strerror}): let it be read, or remove it")
 
-        is_image = lambda name: name.lower().endswith(self.IMAGES)
-        self.left_out = []
-        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
-            other = folders.setdefault(os.path.realpath(folder), folder)
-            if other != folder:  # a link, perhaps in a circle, would count images twice or in a wrong class
-                raise ValueError(f"{folder} and {other} are one folder: remove the link that makes them two")
-            if folder != root:
-                self.left_out += [f"{folder}/{name}" for name in files if not is_image(name)]
-        super().__init__(root, transform, loader=loader, is_valid_file=is_image, allow_empty=True)
-        present = set(self.targets)
-        empty = [name for name, label in self.class_to_idx.items() if label not in present]
-        if empty:
-            some = ", ".join(empty[:5])
-            raise ValueError(f"no images in {len(empty)} classes of {root} ({some}): fill or remove them")
-        self.erasing, self.seed = erasing, seed
+        self.samples, self.left_out, reached = [], [], {}
+        for label, name in enumerate(self.classes):
+            paths, before = [], len(self.samples)
+            for folder, _, files in os.walk(os.path.join(root, name), onerror=refuse, followlinks=True):
+                other = reached.setdefault(os.path.realpath(folder), folder)
+                if other != folder:  # its images would count twice, or in the wrong class
+                    raise ValueError(f"{folder} and {other} are one folder: remove the link between them")
+                paths += [os.path.join(folder, file) for file in files]
+            for path in sorted(paths, key=os.path.split):
+                is_image = path.lower().endswith(self.IMAGES)
+                self.samples += [(path, label)] if is_image else []
+                self.left_out += [] if is_image else [path]
+            if len(self.samples) == before:
+                raise ValueError(f"no images in class {name} of {root}: fill or remove it")
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
         if isinstance(key, int):
             path, label = self.samples[key]
-            return self.transform(self.loader(path)), label
+            return self.transform(self.load(path)), label
         epoch, index = key
         path, label = self.samples[index]
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        image = self.transform(self.loader(path), rng)
-        return image, torch.tensor(self.erasing.sample(*image.shape[1:], rng)), label
+        image = self.transform(self.load(path), rng)
+        return image, torch.tensor(self.box(*image.shape[1:], rng)), label
 
 
 class MicroBatches(Sampler):
@@ -716,30 +721,28 @@ class MicroBatches(Sampler):
 
     An epoch is one shuffle of all images, from (seed, epoch), cut into global batches; the rest is dropped
     (official run_class_finetuning.py:431). Each global batch is cut into micro-batches in one order, whatever
-    the number of processes among which they are then shared.
+    the number of processes among which they are then shared. One that can't be cut so is a ValueError.
 
     Args:
         batch_size: images of a global batch, a multiple of micro_batch_size · world.
-        start, stop: optimizer steps, counted from the start of the run.
+        steps: optimizer steps, counted from the start of the run.
     """
 
     def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        micro_batch_size: int,
-        start: int,
-        stop: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        self, num_images: int, batch_size: int, micro_batch_size: int, steps: range, seed=0, rank=0, world=1
     ) -> None:
+        if batch_size % (micro_batch_size * world) or batch_size > num_images:
+            limit = f"a multiple of {world} x {micro_batch_size} and at most {num_images} images"
+            raise ValueError(f"a global batch of {batch_size} is not {limit}: choose another")
         self.num_images, self.batch_size, self.micro_batch_size = num_images, batch_size, micro_batch_size
-        self.start, self.stop, self.seed, self.rank, self.world = start, stop, seed, rank, world
+        self.steps, self.seed, self.rank, self.world = steps, seed, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps) * (self.batch_size // self.world // self.micro_batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share, shuffled = self.batch_size // self.world, None
-        for step in range(self.start, self.stop):
+        for step in self.steps:
             epoch, position = divmod(step, self.num_images // self.batch_size)
             if epoch != shuffled:
                 seed, shuffled = random.Random(f"{self.seed}/{epoch}").getrandbits(63), epoch
@@ -750,53 +753,81 @@ class MicroBatches(Sampler):
                 yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
 
 
-def draw_demo(root: Path) -> None:
-    """The demo's images: 32x32 PNGs of six patterns in two random colours, in ImageNet's layout."""
-    rng = random.Random(0)
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    part = root.with_name(root.name + ".part")  # renamed when whole
-    for split, per_class in DEMO_IMAGES.items():
-        for name, pattern in DEMO_PATTERNS.items():
-            (part / split / name).mkdir(parents=True, exist_ok=True)
-            for i in range(per_class):
-                wave = 2 * math.pi / rng.uniform(6, 10)  # radians per pixel
-                left, top = rng.uniform(0, 32), rng.uniform(0, 32)
-                ink = (pattern((x - left) * wave, (y - top) * wave) > 0).long()  # (32, 32)
-                dark_and_light = rng.sample((0, 156), 2)
-                colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in dark_and_light]
-                image = torch.tensor(colours, dtype=torch.uint8)[ink]  # (32, 32, 3)
-                Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
-    part.rename(root)
+STOP_SIGNALS = {1, 2, 15}  # SIGHUP (the terminal closes), SIGINT (Ctrl-C), SIGTERM (a scheduler, torchrun)
 
 
-# ---------------------------------------------------------------------------------------------- engine
+def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
+    """Batches from a DataLoader, whose workers are deaf to stop signals: the step in hand still needs them.
+
+    They inherit the blocked signals from their first moment on, and end when they find their parent gone.
+    """
+    pin_memory, mask = system.device.type == "cuda", signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return iter(DataLoader(dataset, num_workers=system.workers, pin_memory=pin_memory, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, timed: Callable) -> Iterator:
+    """This process's micro-batches for train_step, from optimizer step `first` on.
+
+    Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global batch:
+    the same after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
+    """
+    erasing = RandomErasing(plan.random_erasing, plan.erasing_area, plan.erasing_aspect)
+    mixes = [v2.MixUp(alpha=plan.mixup, num_classes=plan.num_classes)] if plan.mixup else []
+    mixes += [v2.CutMix(alpha=plan.cutmix, num_classes=plan.num_classes)] if plan.cutmix else []
+    steps, sizes = range(first, plan.total_steps), (plan.num_images, plan.batch_size, plan.micro_batch_size)
+    keys = MicroBatches(*sizes, steps, plan.seed, system.rank, system.world)
+    samples = timed(start_loader(dataset, system, batch_sampler=keys))
+    for step in steps:
+        for place in range(system.rank * plan.accumulation, (system.rank + 1) * plan.accumulation):
+            images, boxes, labels = next(samples)
+            torch.manual_seed(random.Random(f"{plan.seed}/{step}/{place}").getrandbits(63))
+            yield augment_on_device(images, boxes, labels, system.device, erasing, mixes)
+
+
+def val_batches(dataset: FolderDataset, batch_size: int, system: System) -> Iterator:
+    """This process's share of the validation images, for evaluate: each image is in exactly one process."""
+    share = Subset(dataset, range(system.rank, len(dataset), system.world))
+    for images, labels in start_loader(share, system, batch_size=batch_size):
+        images = normalize(images.to(system.device, non_blocking=True), CLIP_MEAN, CLIP_STD)
+        yield images, labels.to(system.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------- training
 
 
 def train_step(
     model: nn.Module,
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    micro_batches: Iterator[tuple[Tensor, Tensor]],
     accumulation: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     amp_dtype: torch.dtype | None = None,
-    label_smoothing: float = 0.1,
+    label_smoothing: float = 0.0,
     clip_grad: float = 0.0,
 ) -> Tensor:
     """One optimizer step on one global batch, which comes as `accumulation` micro-batches of equal size.
 
+    Returns the mean loss of this process's images, on the device: to read it is to wait for the GPU. Raises
+    ValueError if micro_batches ends too early; the weights are then as they were.
+
     Args:
-        model: plain or wrapped in DistributedDataParallel, which then exchanges gradients once per step.
-        micro_batches: (images (N, 3, S, S), labels (N,) or probabilities (N, num_classes)) on the device.
+        model: plain or in DistributedDataParallel, which exchanges gradients once a step; set to training mode.
+        micro_batches: an iterator, from which the next ones are taken, on the device: (images (N, 3, S, S),
+            labels (N,) or probabilities (N, num_classes)).
         scaler: keeps fp16 gradients from vanishing and skips the step if they overflow; disabled otherwise.
         amp_dtype: of autocast, or None for float32 throughout.
         clip_grad: largest norm of the gradient, or 0.
-
-    Returns:
-        The mean loss of this process's images, on the device: to read it is to wait for the GPU.
     """
+    model.train()
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for i, (images, labels) in zip(range(accumulation), micro_batches):  # range first, to draw none too many
+    for i in range(accumulation):
+        images, labels = next(micro_batches, (None, None))
+        if images is None:
+            raise ValueError(f"micro_batches ended after {i} of {accumulation}: give as many as accumulation")
         sync = i == accumulation - 1 or not hasattr(model, "no_sync")
         with contextlib.nullcontext() if sync else model.no_sync():
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -811,789 +842,573 @@ def train_step(
     return total
 
 
-@torch.inference_mode()
-def evaluate(
-    models: dict[str, nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    amp_dtype: torch.dtype | None = None,
-) -> dict[str, float]:
+def all_sum(value: int | Tensor) -> Tensor:
+    """The sum over all processes, into the tensor; where it is on the CPU, no GPU is waited for."""
+    tensor = torch.as_tensor(value)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.dtype | None = None) -> dict:
     """Top-1 and top-5 accuracy of each named model, over all processes, in one pass over the images.
 
-    Each process brings its own share of the images; every image counts once, whatever the shares' sizes.
+    Each process brings its own share of the images; every image counts once, whatever the shares' sizes. The
+    models are left in evaluation mode. One whose logits are bf16 has many equal ones: let it return float32.
+    To copy it, copy all_sum too.
+
+    Returns "NAME_top1" and "NAME_top5" in per cent, "NAME_correct" in images, for each model, and "images".
 
     Args:
         batches: (normalised images (N, 3, S, S), labels (N,)) on the models' device.
-
-    Returns:
-        "NAME_top1" and "NAME_top5" in per cent, "NAME_correct" in images, for each model, and "images".
     """
     device = next(next(iter(models.values())).parameters()).device
     counts = torch.zeros(len(models), 3, dtype=torch.long, device=device)  # right at first, in five, images
-    for model in models.values():
-        model.eval()
     for images, labels in batches:
         for row, model in zip(counts, models.values()):
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(images)
+                logits = model.eval()(images)
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
             row[0] += hits[:, 0].sum()
             row[1] += hits.sum()
             row[2] += len(labels)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-    result: dict[str, float] = {}
-    for name, (top1, top5, total) in zip(models, counts.tolist()):
-        top1_share, top5_share = (100 * right / max(1, total) for right in (top1, top5))
-        result |= {f"{name}_top1": top1_share, f"{name}_top5": top5_share}
+    result = {}
+    for name, (top1, top5, total) in zip(models, all_sum(counts).tolist()):
+        result |= {f"{name}_top1": 100 * top1 / max(1, total), f"{name}_top5": 100 * top5 / max(1, total)}
         result |= {f"{name}_correct": top1, "images": total}
     return result
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict) -> None:
+def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 2") -> None:
     """Write beside, then rename: under this name there is the old file or the new one, never half of one.
 
-    Raises:
-        ValueError: it cannot be written.
+    What cannot be written is a ValueError.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # its own, whoever else may write
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save(state, file)
+            torch.save({"format": format} | state, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        while error.__context__ and not isinstance(error, OSError):  # why torch's writer failed
-            error = error.__context__
-        old = "; the older one is whole" if os.path.exists(path) else ""
-        reason = str(error).split("\n")[0]
+        reason = str(error.__context__ or error).split("\n")[0]  # the disk's, of torch's writer
+        old = "; the older one is whole" if path.exists() else ""
         raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere{old}") from None
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict:
-    """What save_checkpoint wrote, on the CPU; a pickle of more than tensors and plain values is refused.
+def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
+    """What save_checkpoint wrote, on the CPU; a pickle of more than tensors and plain values is not executed.
 
-    Raises:
-        ValueError: the file is missing, damaged, or no ftclip checkpoint.
+    What is missing, damaged, or not of this format is a ValueError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # by the checksums, at which torch does not look in a mapped file
+            damaged = archive.testzip()  # by the checksums, at which torch does not look
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} in it is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors and plain values: do not trust it") from None
     except Exception as error:  # noqa: BLE001, whatever zip, zlib and torch say of damaged bytes
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot read checkpoint {path} ({reason}): replace or remove it") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if found != "ftclip 1":
-        raise ValueError(f"{path} has format {found}, not 'ftclip 1': use the ftclip that wrote it, or none")
+    if found != format:
+        raise ValueError(f"{path} has format {found}, not {format!r}: use the ftclip that wrote it, or none")
     return state
 
 
-def load_classifier(
-    path: str | os.PathLike, device: str | torch.device = "cpu"
-) -> tuple[CLIPClassifier, list[str], Callable[[Tensor | Image.Image], Tensor]]:
+def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifier, list[str], Callable]:
     """A trained model, ready for use, from best.pt (or last.pt: its EMA weights if it has some).
 
     Copy load_checkpoint, build_model (and what that names), eval_transform and normalize with it.
 
-    Returns:
-        The model in evaluation mode, the class names in the order of its outputs, and the transform from one
-        image, as read_image or Pillow gives it, to what the model takes: float32 (3, S, S).
-
-    Raises:
-        ValueError: the file is missing, damaged, or no ftclip checkpoint.
+    Returns the model in evaluation mode, the class names in the order of its outputs, and the transform from one
+    image, as read_image or Pillow gives it, to what the model takes: float32 (3, S, S). Raises ValueError for a
+    file that is missing, damaged, or no ftclip checkpoint.
     """
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
-    model.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
-    size = state["model_config"]["vision_cfg"]["image_size"]
-    return model.eval().to(device), state["classes"], lambda image: normalize(eval_transform(image, size))
+    model.load_state_dict(state.get("ema") or state["model"])
+    size = functools.partial(eval_transform, image_size=state["model_config"]["vision_cfg"]["image_size"])
+    colour = functools.partial(normalize, mean=state["mean"], std=state["std"])
+    return model.eval().to(device), state["classes"], v2.Compose([size, colour])
 
 
-# ---------------------------------------------------------------------------------------------- command line
+def start_or_resume(plan: tuple, system: System, model: CLIPClassifier, state: dict | None) -> tuple:
+    """What a run is: parts that have a state_dict, and its progress; as they begin, or as last.pt has them."""
+    groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
+    fused, fp16 = system.device.type == "cuda", system.amp_dtype == torch.float16
+    optimizer = torch.optim.AdamW(groups, betas=plan.betas, eps=plan.eps, fused=fused)
+    scaler = torch.amp.GradScaler(system.device.type, enabled=fp16)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"ema": EMA(model, plan.ema_decay)} if plan.ema_decay else {}
+    for name, part in parts.items():
+        if state and state[name]:  # a scaler that was off has nothing
+            part.load_state_dict(state[name])
+    progress = {"step": 0, "history": [], "loss_sum": 0.0}  # steps done, records of epochs, of this epoch
+    return parts, {key: state[key] if state else value for key, value in progress.items()}
 
 
-def _number(kind: type, interval: str) -> Callable[[str], float]:
-    """An argparse type: a number of this kind in an interval such as "[0, 1)"."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
+def distribute(model: nn.Module, plan: tuple, system: System) -> nn.Module:
+    """The model as it is trained: compiled, and in DistributedDataParallel where there are several processes."""
+    model = torch.compile(model) if system.compile else model
+    if dist.is_initialized():
+        device, amp_dtype = system.device, system.amp_dtype
+        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three processes
+        # or more. It is made to do so here, or the first step after a restart would be rounded differently.
+        images = torch.zeros(plan.micro_batch_size, 3, plan.image_size, plan.image_size, device=device)
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            model.train()(images).sum().backward()
+    return model
 
-    def parse(text: str) -> float:
-        value = kind(text)
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):  # NaN is neither
-            raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
-        return value
 
-    parse.__name__ = kind.__name__  # for argparse's own "invalid int value"
-    return parse
+def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -> list[float]:
+    """The losses of the steps up to `step`, as means over the processes.
+
+    One that is not finite, or a weight, is a ValueError in every process, before it is saved.
+    """
+    means = all_sum(torch.stack(losses) / world).tolist()
+    # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
+    norm = torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
+    values = [("loss", i, loss) for i, loss in enumerate(means, step - len(means) + 1)]
+    for what, i, value in [*values, ("norm of the weights", step, norm)]:
+        if not math.isfinite(value):
+            way = "resume with --amp none, or start anew, with a lower --lr and another --output"
+            raise ValueError(f"the {what} is {value} at step {i}; last.pt, if any, is from before it: {way}")
+    return means
+
+
+LOG_EVERY = 20  # steps: to read a loss is to wait for the GPU
+
+
+def train(
+    plan: tuple,
+    system: System,
+    classifier: CLIPClassifier,
+    state: dict | None,
+    data_sets: tuple[FolderDataset, FolderDataset],
+    save: Callable[[str, dict], None],
+    monitor: "Monitor",
+    stop_signals: list[int],
+) -> list[dict] | None:
+    """The loop: steps, from wherever the run is, and at the end of each epoch an evaluation.
+
+    Returns a record for each epoch, or None if it was stopped: a signal in any process ends it after a step,
+    which is saved, or within an evaluation. `save` writes a checkpoint of this name, `state` is last.pt's.
+    """
+    parts, progress = start_or_resume(plan, system, classifier, state)
+    optimizer, scaler, ema = parts["optimizer"], parts["scaler"], parts.get("ema")
+    models = {"raw": classifier} | ({"ema": ema.module} if ema else {})
+    top1 = "ema_top1" if ema else "raw_top1"  # by which the best weights are chosen
+    first, history, losses = progress["step"], progress["history"], []
+    model = distribute(classifier, plan, system)
+    batches = train_batches(plan, system, data_sets[0], first, monitor.timed)
+
+    def save_last() -> None:
+        save("last.pt", {name: part.state_dict() for name, part in parts.items()} | progress)
+
+    for epoch in range(len(history), plan.epochs):
+        end = (epoch + 1) * plan.steps_per_epoch
+        for step in range(progress["step"], end):
+            lr = lr_at(step, plan.total_steps, plan.warmup_steps, plan.lr, plan.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            options = (scaler, system.amp_dtype, plan.label_smoothing, plan.clip_grad)
+            losses.append(train_step(model, batches, plan.accumulation, optimizer, *options))
+            if ema:
+                ema.update(classifier)
+            progress["step"] = step + 1
+            monitor.bar.update()
+
+            stop = all_sum(len(stop_signals)).item() > 0
+            # The first step of a start is saved too: a full disk shows before an epoch is lost to it.
+            due = stop or step + 1 == end or step == first or (step + 1) % (plan.save_every or end) == 0
+            if due or (step + 1) % LOG_EVERY == 0:
+                for loss in checked_losses(losses, classifier, step + 1, system.world):
+                    progress["loss_sum"] += loss  # one by one: the same bits, wherever a stop cuts the epoch
+                if due:
+                    save_last()
+                monitor.report(step + 1, len(losses), loss, lr)
+                losses.clear()
+            if stop:
+                return None
+
+        record = {"epoch": epoch + 1, "train_loss": progress["loss_sum"] / plan.steps_per_epoch}
+        if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
+            images = val_batches(data_sets[1], plan.micro_batch_size, system)
+            images = itertools.takewhile(lambda _: not stop_signals, images)
+            record |= evaluate(models, images, system.amp_dtype)
+            if record["images"] < plan.num_val:  # summed: if one process was stopped, all know
+                return None
+            if all(record[top1] > past[top1] for past in history if top1 in past):
+                save("best.pt", {"model": models[top1[:3]].state_dict(), "record": record})
+        history.append(record)
+        progress["loss_sum"] = 0.0
+        monitor.end_epoch(history)
+        if epoch + 1 == plan.epochs:
+            save_last()
+    return history
+
+
+# ---------------------------------------------------------------------------------------------- the program
+# From here on, nothing changes what a run computes: flags, what is printed, what is refused.
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; what was not given comes from the recipe that fits --model and --image-size.
-
-    Raises:
-        ValueError: a flag that makes no sense, with what would.
-    """
+    """The flags; None where one was not given. A flag that makes no sense is a ValueError."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage="ftclip.py [flags]", description=__doc__, formatter_class=kind)
-    on, switch = "store_true", argparse.BooleanOptionalAction
-    whole, real = functools.partial(_number, int), functools.partial(_number, float)
-    add = parser.add_argument_group("model").add_argument
-    add("--model", help="open_clip ViT, or a model-config JSON such as open_clip's (default ViT-B-16)")
-    add("--pretrained", help="open_clip tag, weights file, or 'none': random weights (default openai)")
-    add("--quick-gelu", action=switch, help="activation x·sigmoid(1.702x), OpenAI's (default: the weights')")
-    add("--image-size", type=whole("[1, 8192]"), help="pixels; positions are resized (default: the model's)")
-    add("--train-blocks", type=whole("[0, 999]"), help="tune the last K, 0: linear probing (default all)")
-    add("--freeze-patch-embed", action=switch, help="leave conv1 as it is (default: the recipe's)")
-    add("--drop-path", type=real("[0, 1)"), help="probability at the last block, 0 is off")
-    add("--grad-checkpointing", action=on, help="compute blocks twice: slower, far less memory, same result")
-    add = parser.add_argument_group("optimization (default: the recipe's)").add_argument
-    add("--epochs", type=whole("[1, 1e6]"), help="passes over the training images")
-    add("--warmup-epochs", type=real("[0, 1e6]"), help="with lr rising from 0 (default: the recipe's share)")
-    add("--batch-size", type=whole("[1, 1e9]"), help="images per optimizer step, over all devices")
-    add("--micro-batch-size", type=whole("[1, 1e9]"), help="images per device at once: lower it to fit")
-    add("--lr", type=real("(0, 1e3]"), help="of the head, literal (default: the recipe's, by batch size)")
-    add("--min-lr", type=real("[0, 1e3]"), help="of the head at the end, literal (default: likewise)")
-    add("--layer-decay", type=real("(0, 1]"), help="lr of a layer over that of the one above it, 1 is off")
-    add("--weight-decay", type=real("[0, 1e3]"), help="of AdamW, 0 is off")
-    add("--label-smoothing", type=real("[0, 1)"), help="0 is off")
-    add("--ema-decay", type=real("[0, 1)"), help="literal, 0 is off (default: 0.9998, less in a short run)")
-    add("--clip-grad", type=real("[0, 1e9]"), help="greatest norm of the gradient, 0 is off")
-    add = parser.add_argument_group("augmentation (default: the recipe's)").add_argument
-    add("--randaug", type=real("[0, 10]"), help="magnitude of RandAugment, 0 is off")
-    add("--random-erasing", type=real("[0, 1]"), help="probability, 0 is off")
-    add("--crop-scale", type=real("(0, 1]"), help="least area of the random crop, as a share of the image")
-    add("--mixup", type=real("[0, 1e3]"), help="alpha of MixUp, 0 is off; with --cutmix, one or the other")
-    add("--cutmix", type=real("[0, 1e3]"), help="alpha of CutMix, 0 is off")
-    add = parser.add_argument_group("run").add_argument
-    add("--data", help="folder with train/<class>/* and val/<class>/* (default imagenet)")
-    add("--output", help="folder for last.pt, best.pt and metrics.jsonl (default runs/MODEL-SIZE)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
-    add("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto", help="auto: none on a CPU")
-    add("--compile", action=on, help="torch.compile: minutes to start, then faster steps")
-    add("--workers", type=whole("[0, 999]"), help="loader processes per device (default: cores / devices)")
-    add("--eval-every", type=whole("[1, 1e6]"), default=1, help="epochs; the last is always evaluated")
-    add("--save-every", type=whole("[0, 1e9]"), default=0, help="steps between saves of last.pt, 0: an epoch")
-    add("--seed", type=whole("[0, 1e18]"), default=0, help="of everything random")
-    add("--eval", action=on, help="only evaluate --checkpoint on DIR/val")
-    add("--checkpoint", help="best.pt or last.pt for --eval")
-    add("--demo", action=on, help="a tiny ViT on images that the script draws into OUTPUT/data")
-    add("--dry-run", action=on, help="print recipe, batch chain and lr of each layer, touch nothing")
 
     def fail(message: str) -> None:
         raise ValueError(f"{message} (--help lists all flags)")
 
-    parser.error = fail
+    parser.error, add, on, switch = fail, parser.add_argument, "store_true", argparse.BooleanOptionalAction
+    add("--model", default="ViT-B-16", help="open_clip ViT, or a model-config JSON such as open_clip's")
+    add("--data", help="folder with train/<class>/* and val/<class>/* (default imagenet)")
+    add("--output", help="folder for last.pt, best.pt and metrics.jsonl (default runs/MODEL-SIZE)")
+    add("--pretrained", help="open_clip tag, weights file, or 'none': random weights (default openai)")
+    add("--quick-gelu", action=switch, help="activation x·sigmoid(1.702x), OpenAI's (default: the weights')")
+    add("--freeze-patch-embed", action=switch, help="leave conv1 as it is (default: the recipe's)")
+    add("--grad-checkpointing", action=on, help="compute blocks twice: slower, far less memory, same result")
+    add("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
+    add("--amp", choices=("bf16", "fp16", "none"), help="(default: bf16 where the GPU has it; none on a CPU)")
+    add("--compile", action=on, help="torch.compile: minutes to start, then faster steps")
+    add("--eval", action=on, help="only evaluate --checkpoint on DIR/val")
+    add("--checkpoint", help="best.pt or last.pt for --eval")
+    add("--demo", action=on, help="a tiny ViT on images that the script draws into OUTPUT/data")
+    add("--dry-run", action=on, help="print recipe, batch chain and lr of each layer, touch nothing")
+    for name, (default, least, _, meaning) in SETTINGS.items():
+        meaning += f" (default {default})" * ("default" not in meaning and default is not None)
+        add(f"--{name.replace('_', '-')}", type=type(least), help=meaning)
     args = parser.parse_args(argv)
-
-    model = args.model or (DEMO["model"] if args.demo else "ViT-B-16")
-    vision = model_config(model)["vision_cfg"]
-    size = args.image_size or vision["image_size"]
-    args.name = "demo" if isinstance(model, dict) else Path(model).stem.removesuffix("-quickgelu")
-    # The paper's recipe, or else the nearest: by the model's depth, then by the image size.
-    base = args.name
-    if base not in {name for name, _ in RECIPES}:
-        base = "ViT-L-14" if vision["layers"] > 12 else "ViT-B-16"
-    args.recipe = min((key for key in RECIPES if key[0] == base), key=lambda key: abs(key[1] - size))
-    default = RECIPES[args.recipe] | (DEMO if args.demo else {})
-    # A learning rate belongs to a batch size, a warm-up to a number of epochs: they scale together.
-    scale = (args.batch_size or default["batch_size"]) / default["batch_size"]
-    stretch = (args.epochs or default["epochs"]) / default["epochs"]
-    default |= {"lr": default["lr"] * scale, "min_lr": default["min_lr"] * scale}
-    default |= {"warmup_epochs": default["warmup_epochs"] * stretch, "model": model, "image_size": size}
-    args.literal_micro_batch_size = args.micro_batch_size is not None
-    for key, value in ({"output": f"runs/{args.name}-{size}"} | default).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-
-    if args.min_lr > args.lr:
-        fail(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}")
-    if args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs} to train")
+    for name, (_, least, most, _) in SETTINGS.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:  # NaN is neither
+            fail(f"argument --{name.replace('_', '-')}: {value:g} is not from {least:g} to {most:g}")
     if args.eval != bool(args.checkpoint):
         fail("--eval and --checkpoint FILE go together")
     return args
 
 
-def _setup(args: argparse.Namespace) -> None:
-    """Choose the device and the precision, and join the processes that torchrun started; all into args."""
-    env = os.environ.get
-    launched = "RANK" in os.environ
-    absent = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if launched and absent:
-        raise ValueError(f"RANK is set but not {', '.join(absent)}: start with torchrun, or unset RANK")
-    args.rank, args.world = (int(env("RANK")), int(env("WORLD_SIZE"))) if launched else (0, 1)
-    local_rank = int(env("LOCAL_RANK", "0"))
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {args.device}: process {local_rank} has none of {torch.cuda.device_count()} GPUs "
-            f"(torch {torch.__version__}): start a process per GPU, or give --device cpu"
-        )
+def make_system(args: argparse.Namespace) -> System:
+    """Device, precision and so on, by the flags and torchrun, whose processes are joined."""
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+    rank, world, local, beside, restarts = (int(os.environ.get(key, key.endswith("SIZE"))) for key in keys)
+    cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
+    if cuda and local >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs (torch {torch.__version__})"
+        raise ValueError(f"process {local} has none of {found}: start one per GPU, or give --device cpu")
     if args.amp == "fp16" and not cuda:
         raise ValueError("--amp fp16 needs a GPU: give --amp none or bf16")
-    if args.amp == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "fp16" if cuda else "none"
-    args.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[args.amp]
-    args.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, cores // int(env("LOCAL_WORLD_SIZE", "1")))
-    if launched and not args.dry_run:
-        if cuda:
-            torch.cuda.set_device(args.device)
-        backend, store = "cpu:gloo,cuda:nccl" if cuda else "gloo", _fresh_store(args.rank, args.world)
-        dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.world)
+    if cuda:
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and not args.dry_run:
+        # The others may have to wait while rank 0 writes a large file to a slow disk.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+        if restarts and not rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            way = "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            print(f"--max-restarts will fail, as new processes will look for those that died: {way}")
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = args.amp or ("bf16" if bf16 else "fp16" if cuda else "none")
+    amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, cores // beside) if args.workers is None else args.workers
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    return System(rank, world, device, amp_dtype, workers, args.compile)
 
 
-def _fresh_store(rank: int, world: int) -> dist.Store:
-    """torchrun's store, under a prefix that only the living processes share.
-
-    A restart by torchrun keeps the store, and in it the addresses of processes that died, which their
-    successors would try to reach (torch 2.15, rendezvous.py:204). The number of restarts is no prefix: two
-    nodes may count differently. So each process invents a name, and rank 0 answers those that call its own.
-    """
-    store, _, _ = next(dist.rendezvous("env://"))
-    me = os.urandom(8).hex()
-    if rank == 0:
-        store.set("leader", me)
-        for other in range(1, world):
-            store.set(f"{me} answers {store.get(f'{me}, this is {other}').decode()}", "")
-        return dist.PrefixStore(me, store)
-    while True:
-        leader = store.get("leader").decode()  # perhaps one that has died: then nobody answers
-        store.set(f"{leader}, this is {rank}", me)
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait([f"{leader} answers {me}"], datetime.timedelta(seconds=1))
-            return dist.PrefixStore(leader, store)
+DEMO_IMAGES = {"train": 500, "val": 100}  # of each class
+DEMO_CLASSES = {
+    "checkerboard": lambda x, y: torch.sin(x) * torch.sin(y),
+    "diagonals": lambda x, y: torch.sin(x + y),
+    "dots": lambda x, y: torch.sin(x) + torch.sin(y) - 1,
+    "pillars": lambda x, y: torch.sin(x),
+    "rings": lambda x, y: torch.sin(torch.hypot(x, y)),
+    "stripes": lambda x, y: torch.sin(y),
+}
 
 
-def _split_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
-    """(micro-batch size, accumulation), such that batch size = world · micro-batch size · accumulation.
+def draw_demo(root: Path) -> None:
+    """The demo's images: 32x32 PNGs of six patterns in two random colours, in ImageNet's layout."""
+    rng = random.Random(0)
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    part = root.with_name(root.name + ".part")  # renamed when whole
+    for split, name in itertools.product(DEMO_IMAGES, DEMO_CLASSES):
+        (part / split / name).mkdir(parents=True, exist_ok=True)
+        for i in range(DEMO_IMAGES[split]):
+            wave = 2 * math.pi / rng.uniform(6, 10)  # radians per pixel
+            left, top = rng.uniform(0, 32), rng.uniform(0, 32)
+            ink = (DEMO_CLASSES[name]((x - left) * wave, (y - top) * wave) > 0).long()  # (32, 32)
+            dark_and_light = rng.sample((0, 156), 2)
+            colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in dark_and_light]
+            image = torch.tensor(colours, dtype=torch.uint8)[ink]  # (32, 32, 3)
+            Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
+    part.rename(root)
 
-    A micro-batch size that was not given by hand is a limit: the largest one below it that divides is taken.
-    """
-    size, literal = args.batch_size, args.literal_micro_batch_size
-    unit = world * (args.micro_batch_size if literal else 1)
-    if size % unit:
-        below, above = size // unit * unit, (size // unit + 1) * unit
+
+def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
+    """Training and validation images below root, transformed by a recipe's values."""
+    crop = {key: values[key] for key in ("image_size", "crop_scale", "crop_aspect")}
+    if values["randaug"]:
+        ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
+        crop["augment"] = RandAugment(*ops, fill=tuple(round(255 * mean) for mean in CLIP_MEAN))
+    erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
+    augment = functools.partial(train_transform, **crop)
+    middle = functools.partial(eval_transform, image_size=values["image_size"])
+    train_set = FolderDataset(f"{root}/train", read_image, augment, erasing.sample, values["seed"])
+    val_set = FolderDataset(f"{root}/val", read_image, middle)
+    if train_set.classes != val_set.classes:
+        some = sorted(set(train_set.classes) ^ set(val_set.classes))[:5]
         raise ValueError(
-            f"--batch-size {size} is not a multiple of {world} device(s) x {unit // world} image(s): "
-            f"try {f'{below} or ' if below else ''}{above}, or another --micro-batch-size"
+            f"{root}/train and {root}/val have other classes, such as {some}: make them the same"
         )
-    share = size // world
-    limit = min(share, args.micro_batch_size)
-    micro = limit if literal else max(m for m in range(1, limit + 1) if share % m == 0)
-    return micro, share // micro
+    left_out = train_set.left_out + val_set.left_out
+    if left_out:
+        print(f"left out: {len(left_out)} files that are no images by name: {', '.join(left_out[:3])}")
+    return train_set, val_set
 
 
-def _plan(args: argparse.Namespace, num_images: int) -> None:
-    """What follows from the number of images, into args: steps, EMA decay, batch chain."""
-    args.steps_per_epoch = num_images // args.batch_size
-    if not args.steps_per_epoch:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is more than {num_images} training images: lower it"
-        )
-    args.total_steps = args.epochs * args.steps_per_epoch
-    args.warmup_steps = min(round(args.warmup_epochs * args.steps_per_epoch), args.total_steps - 1)
-    if args.ema_decay is None:  # 0.9998 in the paper's runs; a memory of at most a third of the run
-        args.ema_decay = 1 - 1 / max(2, min(5000, args.total_steps / 3))
-    chains = {args.world: _split_batch(args, args.world)}
-    for devices in (1, 8) if args.dry_run else ():
-        with contextlib.suppress(ValueError):  # not every batch can be shared among 8
-            chains[devices] = _split_batch(args, devices)
-    args.micro_batch_size, args.accumulation = chains[args.world]
-    args.chain = [f"{n} device(s) x {micro} images x {steps} step(s)" for n, (micro, steps) in chains.items()]
+def plan_of(args: argparse.Namespace, system: System) -> tuple:
+    """(plan, data sets, folder for output) of the flags; without data, a dry run is of the demo or of ImageNet."""
+    model = DEMO_MODEL if args.demo else args.model
+    config, name = model_config(model), "demo" if args.demo else Path(model).stem.removesuffix("-quickgelu")
+    size = args.image_size or config["vision_cfg"]["image_size"]
+    output = Path(args.output or ("runs/demo" if args.demo else f"runs/{name}-{size}"))
+    data = args.data or (f"{output}/data" if args.demo else "imagenet")
+    absent, data_sets = args.data is None and not os.path.isdir(data), None
+    if args.demo and absent and not args.dry_run and system.rank == 0:
+        draw_demo(Path(data))
+    all_sum(0)  # the others wait for the images
+    key = nearest_recipe(name, config["vision_cfg"]["layers"], size)
+    recipe = RECIPES[key] | (DEMO if args.demo else {})
+    given = {flag: value for flag, value in vars(args).items() if flag in recipe and value is not None}
+    given |= {"recipe": key, "name": name, "model": config, "image_size": size}
+    if args.dry_run and absent:
+        demo = (len(DEMO_CLASSES), len(DEMO_CLASSES) * DEMO_IMAGES["train"])
+        given["num_classes"], given["num_images"] = demo if args.demo else (1000, 1_281_167)
+    else:
+        train_set, val_set = data_sets = open_data(data, recipe | given)
+        given |= {
+            "num_classes": len(train_set.classes),
+            "num_images": len(train_set),
+            "num_val": len(val_set),
+        }
+        names = "\n".join(path[len(data) :] for path, _ in train_set.samples + val_set.samples)
+        given["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
+    return resolve(recipe, given, given["num_images"], system.world), data_sets, output
 
 
-def _describe(args: argparse.Namespace, model: CLIPClassifier, num_images: int) -> str:
-    """The resolved run in words."""
-    (name, size), recipe = args.recipe, RECIPES[args.recipe]
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    activation = "QuickGELU" if model.config["quick_gelu"] else "GELU"
-    if model.activation_guessed:
-        activation += " (was the file trained with it? else --quick-gelu or --no-quick-gelu)"
-    near = "" if (args.name, args.image_size) == args.recipe else ", the nearest"
-    lines = {
-        "recipe": f"{name} at {size}{near}",
-        "model": f"{args.name} at {args.image_size}, {activation}, {model.head.out_features} classes",
-        "weights": f"{args.pretrained}; {trained:,} of {total:,} parameters are trained",
-        "images": f"{num_images:,}, in {args.steps_per_epoch:,} steps per epoch",
-        "steps": f"{args.total_steps:,} in {args.epochs} epoch(s), {args.warmup_steps:,} of them warm-up",
-        "global batch": f"{args.batch_size} = {', or '.join(args.chain)}",
-        "learning rate": f"{args.lr:.6g} to {args.min_lr:.6g} at the head (recipe: {recipe['lr']:g} at "
-        f"batch {recipe['batch_size']}), times {args.layer_decay:g} for each layer below",
-        "EMA decay": f"{args.ema_decay:.6g}",
+def describe(plan: tuple, system: System, model: CLIPClassifier) -> str:
+    """The resolved run, a line for each value."""
+    total, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad >= x) for x in (False, True)
+    )
+    chain = f"{system.world} device(s) x {plan.micro_batch_size} images x {plan.accumulation} step(s)"
+    gpu = torch.cuda.get_device_name() if system.device.type == "cuda" else "CPU"
+    paper = f"{RECIPES[plan.recipe]['lr']:g} for {RECIPES[plan.recipe]['batch_size']} in the recipe"
+    groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
+    lines = plan._asdict() | {
+        "quick_gelu": model.config["quick_gelu"],
+        "batch_size": f"{plan.batch_size} = {chain}",
+        "lr": f"{plan.lr:.6g} of the head, for a batch of {plan.batch_size} ({paper})",
+        "lr of the layers": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)),
+        "parameters": f"{trained:,} of {total:,} are trained",
+        "device": f"{gpu}, autocast {system.amp_dtype}",
     }
-    regular = ("weight_decay", "label_smoothing", "drop_path", "mixup", "cutmix", "clip_grad")
-    for key in (*regular, "randaug", "random_erasing", "crop_scale"):
-        lines[key.replace("_", " ")] = f"{getattr(args, key):g}"
-    return "\n".join(f"{key:<15} {value}" for key, value in lines.items())
+    return "\n".join(f"{name:<20} {value}" for name, value in lines.items())
 
 
-def _same_classes(ours: list[str], where: str, theirs: list[str], there: str) -> None:
-    """Raise if two lists of class names differ, naming some that do."""
-    for names, place in ((set(ours) - set(theirs), where), (set(theirs) - set(ours), there)):
-        if names:
-            some = ", ".join(sorted(names)[:5])
-            raise ValueError(f"only {place} has {len(names)} class(es) ({some}): {where} and {there} differ")
+class Monitor:
+    """What is told of a run: a bar on a terminal, else a line now and then; and metrics.jsonl."""
 
+    def __init__(self, plan: tuple, system: System, step: int, metrics: Path) -> None:
+        self.plan, self.system, self.metrics = plan, system, metrics
+        quiet = True if system.rank else None  # None: if it is no terminal
+        self.bar = tqdm(total=plan.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
+        self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data since then
 
-# From a scheduler or torchrun, from Ctrl-C, and from a terminal that closes.
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-
-
-def _deaf(_: int) -> None:
-    """What a loader's worker does, in which stop signals are blocked: it obeys only those of its parent.
-
-    SIGTERM and Ctrl-C often reach all processes at once, but the parent still needs its workers for its step.
-    """
-
-    def listen() -> None:
-        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-
-def _iterate(args: argparse.Namespace, images: Dataset, **how) -> Iterator:
-    """Batches from a DataLoader, whose workers survive a stop signal."""
-    linux = sys.platform == "linux"
-    # Python 3.14 starts workers afresh, seconds in which a stop signal still ends them; here they are forked.
-    how["multiprocessing_context"] = "fork" if args.workers and linux else None
-    how |= {"worker_init_fn": _deaf if linux else None, "pin_memory": args.device.type == "cuda"}
-    try:
-        if linux:  # blocked in the workers, from their first moment
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            batches = iter(DataLoader(images, num_workers=args.workers, **how))
-        finally:
-            if linux:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield from batches
-    except RuntimeError as error:
-        reason = str(error).rstrip(". \n").split("\n")[-1]
-        if not re.search("DataLoader worker|shared memory|open files", reason):
-            raise
-        way = "if memory, /dev/shm (in Docker: --ipc=host) or ulimit -n is too small, lower --workers"
-        raise ValueError(f"{reason}: {way}; the same command goes on") from None
-
-
-def _val_batches(args: argparse.Namespace, val: FolderDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of the validation images, for evaluate: each image in exactly one process."""
-    share = Subset(val, range(args.rank, len(val), args.world))
-    for images, labels in _iterate(args, share, batch_size=args.micro_batch_size):
-        yield normalize(images.to(args.device, non_blocking=True)), labels.to(args.device, non_blocking=True)
-
-
-def _train_batches(args: argparse.Namespace, train: FolderDataset, start: int, wait: list[float]) -> Iterator:
-    """This process's micro-batches for train_step, from step `start` on; wait[0] += seconds of waiting."""
-    shape = (len(train), args.batch_size, args.micro_batch_size)
-    keys = MicroBatches(*shape, start, args.total_steps, args.seed, args.rank, args.world)
-    # One loader for the whole run: its workers read ahead into the next epoch while this one is evaluated.
-    batches = _iterate(args, train, batch_sampler=keys)
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(train.classes))] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(train.classes))] if args.cutmix else []
-    for step in range(start, args.total_steps):
-        for i in range(args.rank * args.accumulation, (args.rank + 1) * args.accumulation):
+    def timed(self, samples: Iterator) -> Iterator:
+        """The samples; the time for which they are waited for is added up."""
+        began = time.perf_counter()
+        for sample in samples:
+            self.waited += time.perf_counter() - began
+            yield sample
             began = time.perf_counter()
-            images, boxes, labels = next(batches)
-            wait[0] += time.perf_counter() - began
-            # Noise, mixing and drop path follow from the seed, the step and the micro-batch's place i in the
-            # global batch: the same after a restart and, with as large micro-batches, on one GPU as on eight.
-            torch.manual_seed(random.Random(f"{args.seed}/{step}/{i}").getrandbits(63))
-            images = train.erasing(normalize(images.to(args.device, non_blocking=True)), boxes.tolist())
-            labels = labels.to(args.device, non_blocking=True)
-            yield v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
+
+    def report(self, step: int, steps: int, loss: float, lr: float) -> None:
+        """Loss and lr of the last of some steps, and how fast they were."""
+        seconds, device = time.perf_counter() - self.since, self.system.device
+        text = f"loss {loss:.4f}  lr {lr:.2e}  {steps * self.plan.batch_size / seconds:,.0f} images/s"
+        text += f"  {self.waited / seconds:.0%} waiting for data"
+        if device.type == "cuda":
+            text += f"  {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            left = tqdm.format_interval(seconds / steps * (self.plan.total_steps - step))
+            print(f"step {step:,}/{self.plan.total_steps:,}  {text}  {left} left", flush=True)
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def end_epoch(self, history: list[dict]) -> None:
+        """The last record and the best, in words; the plan and all records in metrics.jsonl."""
+        tqdm.write(in_words(history))
+        if self.system.rank == 0:
+            lines = ({"config": self.plan._asdict()}, *history)
+            self.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.since, self.waited = time.perf_counter(), 0.0
 
 
-LOG_EVERY = 20  # steps: to read a loss is to wait for the GPU
-# What may change when a run goes on: where, how fast and how precisely it computes, not what.
-FREE = {"data", "output", "device", "rank", "world", "amp", "amp_dtype", "compile", "workers", "chain"}
-FREE |= {"save_every", "grad_checkpointing", "micro_batch_size", "literal_micro_batch_size", "accumulation"}
+def in_words(history: list[dict]) -> str:
+    """The last epoch, and the best so far. The paper's figure is the best of the EMA, chosen on val."""
+    text = f"epoch {history[-1]['epoch']}  train loss {history[-1]['train_loss']:.4f}"
+    for name in ("raw_top1", "ema_top1"):
+        if name in history[-1]:
+            best = max((record for record in history if name in record), key=lambda record: record[name])
+            text += f"  {name[:3]} top-1 {history[-1][name]:.2f} % (best {best[name]:.2f} %, epoch {best['epoch']})"
+    return text
+
+
+def read_last(output: Path, config: dict) -> dict | None:
+    """What last.pt in there holds, if anything; ValueError if it is of another run."""
+    last, best = output / "last.pt", output / "best.pt"
+    state = load_checkpoint(last) if last.exists() else None
+    if state is None and best.exists():
+        raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
+    was = state.get("config", {}) if state else config
+    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
+    if changes:
+        way = "give its values to resume it, or another --output"
+        raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
+    if dist.is_initialized():  # also, nobody may write before everybody has looked
+        views: list = [None] * dist.get_world_size()
+        dist.all_gather_object(views, (state and state["step"], config))
+        if any(view != views[0] for view in views):
+            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
+    return state
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """In here, SIGTERM and Ctrl-C are only recorded, in the list; the second of two does no more than one."""
-    asked: list[int] = []
+def noted_signals() -> Iterator[list[int]]:
+    """In here, stop signals are only noted, in the list: torchrun may send several, which mean no more."""
+    noted: list[int] = []
 
-    def record(number: int, _) -> None:
-        if not asked:
-            with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
-                os.write(2, b"\nftclip: stopping when this step is done and saved\n")
-        asked.append(number)
+    def note(number: int, _) -> None:
+        noted.append(number)
+        with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
+            os.write(2, b"\nftclip: stopping when this step is done and saved\n" * (len(noted) == 1))
 
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
-    old = {number: signal.signal(number, record) for number in heard}
+    old = {number: signal.signal(number, note) for number in heard}
     try:
-        yield asked
+        yield noted
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def _open_output(args: argparse.Namespace, **data: FolderDataset) -> tuple[dict, dict | None]:
-    """(what this run computes, what its last.pt holds); a wall if that is of another run."""
-    last = Path(args.output, "last.pt")
-    config = {key: value for key, value in vars(args).items() if key not in FREE}
-    config["model"] = model_config(args.model)  # a file may be moved, but not changed
-    for key, images in data.items():
-        files = "\n".join(os.path.relpath(path, images.root) for path, _ in images.samples)
-        config[f"{key}_images"] = f"{len(images)} ({hashlib.sha256(os.fsencode(files)).hexdigest()[:8]})"
-    state = load_checkpoint(last) if last.exists() else None
-    if state is None and last.with_name("best.pt").exists():
-        raise ValueError(f"{args.output} has a best.pt of another run and no last.pt: give another --output")
-    if state and "config" not in state:
-        raise ValueError(f"{last} is a best.pt, with weights alone: replace it, or give another --output")
-    was = state["config"] if state else config
-    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
-    if changes:
-        text = ", ".join(changes)
-        raise ValueError(f"{last} is of another run ({text}): give its values to go on, or another --output")
-    if dist.is_initialized():  # also, nobody may write before everybody has looked
-        views: list = [None] * args.world
-        dist.all_gather_object(views, (state and state["step"], config))
-        if any(view != views[0] for view in views):
-            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
-    return config, state
+def evaluate_checkpoint(args: argparse.Namespace, system: System) -> None:
+    """What --eval does."""
+    model, classes, _ = load_classifier(args.checkpoint, system.device)
+    size, folder = model.config["vision_cfg"]["image_size"], f"{args.data or 'imagenet'}/val"
+    val_set = FolderDataset(folder, read_image, functools.partial(eval_transform, image_size=size))
+    if classes != val_set.classes:
+        some = sorted(set(classes) ^ set(val_set.classes))[:5]
+        raise ValueError(f"{args.checkpoint} and {folder} have other classes, such as {some}: give its own")
+    batches = val_batches(val_set, args.micro_batch_size or 64, system)
+    result = evaluate({"model": model}, batches, system.amp_dtype)
+    text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
+    print(f"{args.checkpoint}, at {size} pixels: {text.format(**result)}")
 
 
-def _say(args: argparse.Namespace, text: str) -> None:
-    """Print, in one process, above the bar if there is one."""
-    if args.rank == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+def main(argv: list[str] | None = None) -> int:
+    """Do what the flags say; nothing but the demo's images is written before everything has been checked.
 
-
-def _build(args: argparse.Namespace, num_classes: int, config: dict | None = None) -> tuple:
-    """(model, AdamW's parameter groups); with a checkpoint's model_config, no weights file is needed."""
-    start = ("model", "pretrained", "image_size", "quick_gelu")
-    start = {"model": config} if config else {key: getattr(args, key) for key in start}
-    tuning = ("drop_path", "train_blocks", "freeze_patch_embed", "grad_checkpointing")
-    model = build_model(num_classes=num_classes, **start, **{key: getattr(args, key) for key in tuning})
-    num_layers = len(model.trunk.transformer.resblocks)
-    return model, param_groups(model, layer_id, num_layers, args.lr, args.layer_decay, args.weight_decay)
-
-
-class _Run:
-    """All that a run has come to: weights, EMA, optimizer state, history. It starts, or goes on from last.pt.
-
-    Attributes:
-        step: optimizer steps that are done.
-        history: a record for each epoch that is done and evaluated.
-        loss_sum: of the steps of the present epoch.
-    """
-
-    def __init__(self, args: argparse.Namespace, train: FolderDataset, val: FolderDataset) -> None:
-        self.args, self.last, self.num_val = args, Path(args.output, "last.pt"), len(val)
-        self.config, state = _open_output(args, train=train, val=val)
-        torch.manual_seed(args.seed)
-        self.model, groups = _build(args, len(train.classes), state and state["model_config"])
-        self.model.to(args.device)
-        cuda = args.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=cuda)
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        self.ema = EMA(self.model, args.ema_decay) if args.ema_decay else None
-        self.models = {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
-        self.chosen = list(self.models)[-1]  # best.pt holds the best of these
-        # What load_classifier needs beside weights.
-        self.use = {"format": "ftclip 1", "model_config": self.model.config, "classes": train.classes}
-        self.step, self.history, self.loss_sum = 0, [], 0.0
-        _say(args, _describe(args, self.model, len(train)))
-        device = torch.cuda.get_device_name(args.device) if cuda else "CPU"
-        _say(args, f"device          {device}, autocast {args.amp}")
-        if state:
-            self.model.load_state_dict(state["model"])
-            # Copied, or it would stay in the file, whose room on the disk is wanted for the next ones.
-            moments = state["optimizer"] if cuda else copy.deepcopy(state["optimizer"])
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-            if state["scaler"] and args.amp == "fp16":
-                self.scaler.load_state_dict(state["scaler"])
-            if self.ema:
-                self.ema.module.load_state_dict(state["ema"])
-            self.step, self.history, self.loss_sum = state["step"], state["history"], state["loss_sum"]
-            _say(args, f"going on        from {self.last}, step {self.step:,} of {args.total_steps:,}")
-        if args.rank == 0:
-            self.keep_others_out()
-
-    def keep_others_out(self) -> None:
-        """Lock --output until this process ends: a torchrun that is killed leaves its processes alive."""
-        import fcntl  # here, because Windows has none, where best.pt can still be used
-
-        output = self.args.output
-        try:
-            os.makedirs(output, exist_ok=True)
-            self.lock = open(Path(output, "lock"), "w")  # noqa: SIM115, the lock goes with the file
-        except OSError as error:
-            raise ValueError(f"cannot write into --output {output} ({error}): give another") from None
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # or else the file system has no locks
-                way = "let it end, stop it, or give another"
-                raise ValueError(f"another run is writing into --output {output}: {way}") from None
-
-    def save(self) -> None:
-        """Write last.pt."""
-        if self.args.rank == 0:
-            weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.module.state_dict()}
-            rest = {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict()}
-            progress = {key: getattr(self, key) for key in ("config", "step", "history", "loss_sum")}
-            save_checkpoint(self.last, self.use | weights | rest | progress)
-
-    def lr(self, step: int) -> float:
-        """The head's, in a step counted from 0."""
-        args = self.args
-        return lr_at(step, args.total_steps, args.warmup_steps, args.lr, args.min_lr)
-
-    def advance(self, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """One step, at the schedule's lr, of the model as it is wrapped; this process's loss."""
-        args = self.args
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.step) * group["lr_scale"]
-        how = (self.scaler, args.amp_dtype, args.label_smoothing, args.clip_grad)
-        loss = train_step(model.train(), batches, args.accumulation, self.optimizer, *how)
-        if self.ema:
-            self.ema.update(self.model)
-        self.step += 1
-        return loss
-
-    def count(self, losses: list[Tensor]) -> float:
-        """Add the losses of the last steps, as means over the processes; return the last of them.
-
-        Raises:
-            ValueError: one is not finite, or a weight; in every process, and before it is saved.
-        """
-        args, step = self.args, self.step
-        means = torch.stack(losses) / args.world
-        if dist.is_initialized():
-            dist.all_reduce(means)
-        means = means.tolist()
-        # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
-        norm = torch.stack(torch._foreach_norm(list(self.model.parameters()))).sum().item()
-        found = [("loss", i, loss) for i, loss in enumerate(means, step - len(means))]
-        for what, i, value in [*found, ("norm of the weights", step - 1, norm)]:
-            if not math.isfinite(value):
-                before = f"; {self.last} is from before it" if self.last.exists() else ""
-                safer = "" if args.amp == "none" else "go on with --amp none, or "
-                raise ValueError(
-                    f"the {what} is {value} at step {i + 1} (lr {self.lr(i):.3g}, --amp {args.amp}){before}: "
-                    f"{safer}start anew, with a lower --lr and another --output"
-                )
-        for loss in means:  # one by one: the same bits, wherever a stop has cut the epoch
-            self.loss_sum += loss
-        return loss
-
-    def end_epoch(self, val_batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
-        """Evaluate, keep the best weights, put the epoch on record; or False, if images were left out."""
-        args, epoch = self.args, len(self.history) + 1
-        record = {"epoch": epoch, "train_loss": self.loss_sum / args.steps_per_epoch}
-        text = f"epoch {epoch}/{args.epochs}  train loss {record['train_loss']:.4f}"
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            record |= evaluate(self.models, val_batches, args.amp_dtype)
-            if record["images"] < self.num_val:  # summed: if one process left some out, all know
-                return False
-            text += "".join(f"  {name} top-1 {record[f'{name}_top1']:.2f} %" for name in self.models)
-            top1 = f"{self.chosen}_top1"
-            if args.rank == 0 and all(record[top1] > past[top1] for past in self.history if top1 in past):
-                best = {"model": self.models[self.chosen].state_dict(), "ema": None, "record": record}
-                save_checkpoint(self.last.with_name("best.pt"), self.use | best)
-        self.history.append(record)
-        self.loss_sum = 0.0
-        _say(args, text)
-        if args.rank == 0:
-            lines = [{"config": self.config, "chain": args.chain, "amp": args.amp}, *self.history]
-            part = self.last.with_name("metrics.part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(part, part.with_suffix(".jsonl"))
-        return True
-
-    def summary(self) -> str:
-        """The best and the last accuracy. The paper's figure is the best epoch of the EMA, chosen on val."""
-        scored = [record for record in self.history if "images" in record]
-        lines = []
-        for name in self.models:
-            best = max(scored, key=lambda record: record[f"{name}_top1"])
-            how = f"epoch {best['epoch']}, chosen on val itself"
-            if name == self.chosen:
-                kept = self.last.with_name("best.pt")
-                how += f", in {kept}" if kept.exists() else f", but {kept} is gone"
-            top1, end = best[f"{name}_top1"], scored[-1][f"{name}_top1"]
-            lines.append(f"{name} top-1: best {top1:.2f} % ({how}), last {end:.2f} %")
-        return "\n".join(lines)
-
-
-def _train(args: argparse.Namespace, train: FolderDataset, val: FolderDataset, asked: list[int]) -> None:
-    """The run, from its start or from last.pt: steps, and after each epoch a checkpoint and an evaluation.
-
-    It ends early when `asked` has come to hold a signal in any process: after a step, which is then saved, or
-    within an evaluation, before which everything was saved.
-    """
-    run = _Run(args, train, val)
-    cuda, first, finished = args.device.type == "cuda", run.step, len(run.history) == args.epochs
-
-    def leave() -> None:
-        if dist.is_initialized():  # the first to go would have the others killed, in their writing
-            with contextlib.suppress(RuntimeError):  # one is gone already, so all have come here
-                dist.barrier()
-        name = signal.Signals(asked[0]).name if asked else "a signal to another process"
-        _say(args, f"stopped by {name}: the same command goes on from {run.last}")
-        sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
-
-    model = torch.compile(run.model) if args.compile else run.model
-    if dist.is_initialized():
-        model = nn.parallel.DistributedDataParallel(model, [args.device] if cuda else None)
-        # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three processes
-        # or more. It is made to do so here, or the first step after a restart would be rounded differently.
-        shape = (args.micro_batch_size, 3, args.image_size, args.image_size)
-        with torch.autocast(args.device.type, args.amp_dtype, enabled=args.amp_dtype is not None):
-            model.train()(torch.zeros(shape, device=args.device)).sum().backward()
-    wait = [0.0]
-    batches = _train_batches(args, train, first, wait)
-    quiet = args.rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=args.total_steps, initial=first, unit="step", dynamic_ncols=True, disable=quiet)
-    losses: list[Tensor] = []
-    began = since = time.perf_counter()
-    while len(run.history) < args.epochs:
-        if run.step == (len(run.history) + 1) * args.steps_per_epoch:  # an epoch ended, perhaps before a stop
-            if not run.end_epoch(itertools.takewhile(lambda _: not asked, _val_batches(args, val))):
-                leave()
-            since, wait[0] = time.perf_counter(), 0.0
-            continue
-        losses.append(run.advance(model, batches))
-
-        stop = torch.tensor(len(asked))
-        if dist.is_initialized():
-            dist.all_reduce(stop)  # through gloo, between the CPUs: the GPUs are not waited for
-        # The first step is saved too: a full disk shows before an epoch is lost to it.
-        saves = stop.item() or run.step == first + 1 or run.step % args.steps_per_epoch == 0
-        saves = saves or (args.save_every and run.step % args.save_every == 0)
-        if not saves and run.step % LOG_EVERY:
-            bar.update()
-            continue
-        loss, seconds = run.count(losses), time.perf_counter() - since
-        if saves:
-            run.save()  # before any output, which fails if the terminal is gone
-        bar.update()
-        text = f"loss {loss:.4f}  lr {run.lr(run.step - 1):.2e}  "
-        text += f"{len(losses) * args.batch_size / seconds:,.0f} images/s  "
-        text += f"{wait[0] / seconds:.0%} waiting for data"
-        text += f"  {torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB" if cuda else ""
-        bar.set_postfix_str(text)
-        if quiet:
-            left = (time.perf_counter() - began) / (run.step - first) * (args.total_steps - run.step)
-            _say(args, f"step {run.step:,}/{args.total_steps:,}  {text}  {tqdm.format_interval(left)} left")
-        losses.clear()
-        if stop.item():
-            leave()
-        since, wait[0] = time.perf_counter(), 0.0
-    bar.close()
-    if not finished:
-        run.save()  # once more, with the last evaluation
-    _say(args, run.summary())
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Do what the flags say. Nothing but the demo's images is written before everything has been checked.
-
-    Raises:
-        ValueError: what the user can put right, in one sentence.
+    Returns the exit status, 0, or 128 + the signal that stopped the run. Raises ValueError for what the user can
+    put right.
     """
     args = parse_args(argv)
-    _setup(args)
-    given, args.data = args.data, args.data or (f"{args.output}/data" if args.demo else "imagenet")
-    absent = not given and not os.path.isdir(args.data)
-    if args.demo and absent and args.rank == 0 and not args.dry_run:
-        draw_demo(Path(args.data))
-    if dist.is_initialized():
-        dist.barrier()
-
+    system = make_system(args)
     if args.eval:
-        model, classes, _ = load_classifier(args.checkpoint, args.device)
-        size = model.config["vision_cfg"]["image_size"]
-        middle = functools.partial(eval_transform, image_size=size)
-        val = FolderDataset(f"{args.data}/val", read_image, middle)
-        _same_classes(classes, args.checkpoint, val.classes, val.root)
-        result = evaluate({"model": model}, _val_batches(args, val), args.amp_dtype)
-        if args.rank == 0:
-            text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
-            print(f"{args.checkpoint}, at {size} pixels: {text.format(**result)}")
-        return
+        evaluate_checkpoint(args, system)
+        return 0
+    plan, data_sets, output = plan_of(args, system)
+    tuning = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
+    tuning = {key: getattr(plan, key) for key in tuning} | {"grad_checkpointing": args.grad_checkpointing}
+    start = {"model": DEMO_MODEL if args.demo else args.model, "pretrained": plan.pretrained}
+    if args.dry_run:
+        with torch.device("meta"):  # shapes without numbers: no time, no memory
+            print(describe(plan, system, build_model(**start, **tuning)))
+        return 0
 
-    if args.dry_run and absent:  # the numbers of the demo, or of ImageNet-1k
-        num_images, num_classes = (0, len(DEMO_PATTERNS)) if args.demo else (1_281_167, 1000)
-        num_images = num_images or DEMO_IMAGES["train"] * num_classes
-    else:
-        randaugment = RandAugment(args.randaug) if args.randaug else None
-        crop = {"image_size": args.image_size, "crop_scale": args.crop_scale, "randaugment": randaugment}
-        augment, erasing = functools.partial(train_transform, **crop), RandomErasing(args.random_erasing)
-        train = FolderDataset(f"{args.data}/train", read_image, augment, erasing, args.seed)
-        middle = functools.partial(eval_transform, image_size=args.image_size)
-        val = FolderDataset(f"{args.data}/val", read_image, middle)
-        _same_classes(train.classes, train.root, val.classes, val.root)
-        num_images, num_classes = len(train), len(train.classes)
-        for images in (train, val):
-            if images.left_out:
-                some = ", ".join(images.left_out[:3])
-                _say(args, f"left out        {len(images.left_out)} files that are no images by name: {some}")
-    _plan(args, num_images)
-    if not args.dry_run:
-        with _stop_signals() as asked:
-            return _train(args, train, val, asked)
+    with noted_signals() as signals:
+        may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
+        config = {key: value for key, value in plan._asdict().items() if key not in may_change}
+        state = read_last(output, config)
+        torch.manual_seed(plan.seed)
+        start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
+        classifier = build_model(**start, **tuning).to(system.device)
+        step = state["step"] if state else 0
+        print(
+            describe(plan, system, classifier) + f"\nresumed from {output}/last.pt, step {step}" * bool(state)
+        )
+        head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
+        head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
-    with torch.device("meta"):  # shapes without numbers: no time, no memory
-        model, groups = _build(args, num_classes)
-    _say(args, _describe(args, model, num_images))
-    for layer, scale in dict.fromkeys((group["layer"], group["lr_scale"]) for group in groups):
-        _say(args, f"layer {layer:<9} lr {args.lr * scale:.4e} = {args.lr:g} x {scale:.6g}")
+        def save(name: str, contents: dict) -> None:
+            if system.rank == 0:
+                save_checkpoint(output / name, head | contents)
+
+        monitor = Monitor(plan, system, step, output / "metrics.jsonl")
+        history = train(plan, system, classifier, state, data_sets, save, monitor, signals)
+        monitor.bar.close()
+        with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
+            all_sum(0)
+    if history:
+        print(f"finished: {in_words(history)}; {output}/best.pt was chosen on val itself")
+        return 0
+    name = signal.Signals(signals[0]).name if signals else "a signal to another process"
+    print(f"stopped by {name}: the same command resumes from {output}/last.pt")
+    return 128 + (signals[0] if signals else signal.SIGTERM)
 
 
-def _run() -> int:
+def run() -> int:
     """main(), with what a user can put right as one sentence on stderr; the exit status."""
     try:
-        main()
-        return 0
-    except SystemExit as stop:  # --help, or a signal
+        return main()
+    except SystemExit as stop:  # --help
         return stop.code or 0
-    except KeyboardInterrupt:  # outside training there is nothing to save
+    except KeyboardInterrupt:  # outside training, where there is nothing to save
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except torch.OutOfMemoryError:
-        status, text = (
-            2,
-            "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same",
-        )
-    except OSError as error:
-        status, text = 2, f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    except Exception as error:  # noqa: BLE001
-        status, text = 1, traceback.format_exc().rstrip()
-        # A ValueError raised in this file (perhaps in a loader's worker, whose traceback is then part of the
-        # message) is a sentence; all else is a fault of the program, or of another process.
-        if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', text)[-1] == __file__:
-            status, text = 2, re.split("^ValueError: ", text, flags=re.MULTILINE)[-1].replace("\n", " ")
+    except Exception as caught:  # noqa: BLE001
+        error, trace, sentence = caught, traceback.format_exc().rstrip(), None
+    last = str(error).rstrip(". \n").split("\n")[-1]
+    # A sentence of this file's, perhaps from a loader's worker, whose traceback is then part of the message.
+    if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
+        sentence = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
+    elif isinstance(error, OSError):
+        sentence = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    elif isinstance(error, RuntimeError) and "out of memory" in str(error):
+        sentence = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
+    elif isinstance(error, RuntimeError) and re.search("DataLoader worker|shared memory|open files", last):
+        way = "if memory, /dev/shm (in Docker: --ipc=host) or ulimit -n is too small, lower --workers"
+        sentence = f"{last}: {way}; the same command resumes the run"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # most likely rank 0 has said the same, or has died, and torchrun now ends the others
-    print(f"ftclip: {text}" if status == 2 else text, file=sys.stderr)
-    return status
+    print(f"ftclip: {sentence}" if sentence else trace, file=sys.stderr)
+    return 2 if sentence else 1
 
 
 if __name__ == "__main__":
-    status = _run()
+    status = run()
     sys.stdout.flush()
     sys.stderr.flush()
     # Python's own end would wait for threads of gloo's, in torch 2.6 for ever. Workers end with their parent.

@@ -171,14 +171,24 @@ def test_dry_run_prints_the_published_runs(model, size, capsys, monkeypatch, tmp
     parameters, steps, warmup, _ = PUBLISHED[model, size]
     recipe = ftclip.RECIPES[model, size]
     batch, micro = recipe["batch_size"], recipe["micro_batch_size"]
-    assert f"{parameters:,} of" in text and "QuickGELU" in text
-    assert f"1,281,167, in {steps} steps per epoch" in text
-    assert f"{steps * recipe['epochs']:,} in {recipe['epochs']} epoch(s), {warmup:,} of them warm-up" in text
-    one, eight = (f"{n} device(s) x {micro} images x {batch // micro // n} step(s)" for n in (1, 8))
-    assert f"{batch} = {one}, or {eight}\n" in text
-    assert "EMA decay       0.9998\n" in text
+    assert f"{parameters:,} of" in text
+    assert re.search("^quick_gelu +True$", text, re.MULTILINE)
+    expected = {
+        "num_images": 1_281_167,
+        "steps_per_epoch": steps,
+        "warmup_steps": warmup,
+        "ema_decay": 0.9998,
+    }
+    expected |= {"total_steps": steps * recipe["epochs"]}
+    for name, value in expected.items():
+        assert re.search(rf"^{name} +{value}$", text, re.MULTILINE), name
+    assert re.search(
+        rf"^batch_size +{batch} = 1 device\(s\) x {micro} images x {batch // micro} ", text, re.MULTILINE
+    )
+    eight = ftclip.resolve(recipe, {}, 1_281_167, devices=8)
+    assert (eight.micro_batch_size, eight.accumulation) == (micro, batch // micro // 8)
     layers = {"ViT-B-16": 12, "ViT-L-14": 24}[model]
-    printed = [float(lr) for lr in re.findall(r"layer \d+ +lr (\S+)", text)]
+    printed = [float(lr) for lr in re.search("^lr of the layers +(.*)$", text, re.MULTILINE)[1].split()]
     scales = [recipe["layer_decay"] ** (layers + 1 - i) for i in range(layers + 2)]
     assert printed == pytest.approx([recipe["lr"] * scale for scale in scales], rel=1e-4)
     assert list(tmp_path.iterdir()) == []
@@ -196,14 +206,27 @@ def test_schedule_gives_the_mean_lr_of_the_published_epochs(key):
         assert mean * embeddings == pytest.approx(embeddings_lr, rel=1e-13)
 
 
-def test_lr_scales_with_the_batch_size_unless_given_by_hand():
-    assert ftclip.parse_args(["--batch-size", "512"]).lr == pytest.approx(6e-4 / 4)
-    assert ftclip.parse_args(["--batch-size", "512", "--lr", "6e-4"]).lr == 6e-4
-    assert ftclip.parse_args(["--epochs", "25"]).warmup_epochs == 5
-    args = ftclip.parse_args(["--epochs", "1", "--warmup-epochs", "0.9", "--batch-size", "8"])
-    args.world = 1
-    ftclip._plan(args, 9)
-    assert (args.total_steps, args.warmup_steps) == (1, 0)  # or else it would learn at lr 0
+def test_what_is_not_given_follows_from_what_is():
+    b16 = ftclip.RECIPES["ViT-B-16", 224]
+
+    def plan(num_images=1_281_167, devices=1, **given):
+        return ftclip.resolve(b16, given, num_images, devices)
+
+    assert (plan(batch_size=512).lr, plan(batch_size=512).min_lr) == pytest.approx((6e-4 / 4, 1e-6 / 4))
+    assert plan(batch_size=512, lr=6e-4).lr == 6e-4  # literal
+    assert (plan(epochs=25).warmup_epochs, plan(epochs=25, warmup_epochs=1).warmup_epochs) == (5, 1)
+    one = plan(9, batch_size=8, epochs=1, warmup_epochs=0.9)
+    assert (one.total_steps, one.warmup_steps) == (1, 0)  # or else it would learn at lr 0
+    # On few images, the batch leaves 32 steps an epoch, and everything follows it.
+    for images, batch in ((65536, 2048), (65535, 1024), (1437, 32), (1024, 32), (1023, 16), (40, 1), (5, 1)):
+        assert plan(images).batch_size == batch
+        assert plan(images).lr == pytest.approx(6e-4 * batch / 2048)
+    assert plan(1437).ema_decay == pytest.approx(1 - 3 / (50 * 44))  # a third of the run
+    assert plan(1437, ema_decay=0.9).ema_decay == 0.9
+    assert plan(devices=8).accumulation == 1 and plan(micro_batch_size=64).accumulation == 32
+    for wrong in ({"batch_size": 6}, {"micro_batch_size": 3}, {"min_lr": 1.0}, {"warmup_epochs": 50.0}):
+        with pytest.raises(ValueError, match="--"):
+            plan(devices=4, **wrong)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -354,7 +377,8 @@ def test_positions_are_resized_bicubic_without_antialias(clip_weights, tmp_path)
     torch.save(clip_weights, tmp_path / "clip.pt")
     old = clip_weights["visual.positional_embedding"]  # (17, 64)
     for size, grid in ((48, 6), (24, 3)):  # antialias would differ in both directions
-        model = ftclip.build_model(TINY, 5, pretrained=str(tmp_path / "clip.pt"), image_size=size)
+        how = {"pretrained": str(tmp_path / "clip.pt"), "quick_gelu": True}
+        model = ftclip.build_model(TINY, 5, image_size=size, **how)
         new = model.trunk.positional_embedding
         square = old[1:].reshape(4, 4, 64).permute(2, 0, 1)[None]
         square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False, antialias=False)
@@ -401,7 +425,7 @@ def test_drop_path_drops_each_branch_of_a_sample_at_its_blocks_rate():
 def test_every_parameter_is_in_one_group_with_its_scale_and_decay(name, decay, blocks):
     with torch.device("meta"):
         model = ftclip.build_model(name, 1000, freeze_patch_embed=True)
-    groups = ftclip.param_groups(model, ftclip.layer_id, blocks, 1.0, decay, 0.05)
+    groups = ftclip.param_groups(model, ftclip.layer_id, 1.0, decay, 0.05)
     place = {n: group for group in groups for n in group["names"]}
     assert sum(len(group["names"]) for group in groups) == len(place)
     assert place.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -417,7 +441,7 @@ def test_every_parameter_is_in_one_group_with_its_scale_and_decay(name, decay, b
 
 def test_a_step_of_adamw_moves_each_group_by_its_own_lr():
     model = random_model()
-    groups = ftclip.param_groups(model, ftclip.layer_id, 3, 1e-3, 0.5, weight_decay=0.0)
+    groups = ftclip.param_groups(model, ftclip.layer_id, 1e-3, 0.5, weight_decay=0.0)
     optimizer = torch.optim.AdamW(groups)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
@@ -425,7 +449,49 @@ def test_a_step_of_adamw_moves_each_group_by_its_own_lr():
     optimizer.step()
     for n, parameter in model.named_parameters():
         moved = (before[n] - parameter.detach()).abs().mean().item()
-        assert moved == pytest.approx(1e-3 * 0.5 ** (4 - ftclip.layer_id(n, 3)), rel=1e-3)
+        assert moved == pytest.approx(1e-3 * 0.5 ** (4 - min(4, ftclip.layer_id(n))), rel=1e-3)
+
+
+def test_layers_that_do_not_fit_the_model_are_refused():
+    """The traps that strangers fell into: a timm trunk in layer 0, too many or too few layers."""
+    model = nn.ModuleDict({"trunk": nn.ModuleDict({"blocks": nn.Linear(2, 2)}), "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="trunk.blocks.weight belongs to no layer"):
+        ftclip.param_groups(model, ftclip.layer_id, 1.0, 0.5, 0.05)
+    for layers in ((0, 0, math.inf), (0, 2, math.inf), (1, 2, math.inf), (0, 1, 2)):
+        depth = {f"{i}.weight": layer for i, layer in enumerate(layers)}
+        with pytest.raises(ValueError, match="layer_id finds"):
+            ftclip.param_groups(
+                nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in layers), depth.get, 1.0, 0.5, 0.05
+            )
+
+
+def test_a_timm_vit_gets_the_same_scales_and_no_decay_of_its_tokens():
+    def layer_id(name: str) -> float:
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return math.inf if name.startswith(("norm.", "head.")) else 0
+
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, reg_tokens=2)
+    groups = ftclip.param_groups(vit, layer_id, 1.0, 0.5, 0.05)
+    place = {name: group for group in groups for name in group["names"]}
+    assert place.keys() == dict(vit.named_parameters()).keys()
+    assert {place[name]["weight_decay"] for name in ("cls_token", "reg_token", "pos_embed")} == {0}
+    assert (
+        place["blocks.3.attn.qkv.weight"]["lr"] == 0.5**9
+        and place["blocks.3.attn.qkv.weight"]["weight_decay"]
+    )
+
+
+def test_lr_stays_within_its_bounds():
+    assert ftclip.lr_at(12, 10, 2, 1.0, 0.1) == ftclip.lr_at(10, 10, 2, 1.0, 0.1) == pytest.approx(0.1)
+    assert max(ftclip.lr_at(step, 10, 2.5, 1.0, 0.0) for step in range(10)) == 1.0
+    assert ftclip.lr_at(3, 3, 3, 1.0, 0.0) == 1.0  # all warm-up
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, math.nan])
+def test_an_ema_decay_that_is_none_is_refused(decay):
+    with pytest.raises(ValueError, match="EMA decay"):
+        ftclip.EMA(nn.Linear(1, 1), decay)
 
 
 def test_ema_equals_its_closed_form():
@@ -445,6 +511,15 @@ def test_ema_equals_its_closed_form():
 
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+PAPER = ftclip.COMMON
+PAPER_OPS = [PAPER[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability")]
+PAPER_OPS.append(tuple(round(255 * mean) for mean in ftclip.CLIP_MEAN))
+PAPER_RANDAUGMENT = ftclip.RandAugment(*PAPER_OPS)
+BOXES = [PAPER[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")]
+PAPER_ERASING = ftclip.RandomErasing(*BOXES)
+ASPECT = PAPER["crop_aspect"]
 
 
 def tensor(image):
@@ -488,7 +563,7 @@ def assert_fits(observed, expected):
 
 
 def test_randaugment_defaults_are_timms():
-    ours, theirs = ftclip.RandAugment(), timm_randaugment()
+    ours, theirs = PAPER_RANDAUGMENT, timm_randaugment()
     names = [op.name.removesuffix("Increasing").removesuffix("Rel") for op in theirs.ops]
     assert list(ours.OPS) == names
     assert ours.num_ops == theirs.num_layers and theirs.choice_weights is None  # with replacement
@@ -498,9 +573,9 @@ def test_randaugment_defaults_are_timms():
         assert op.kwargs == {"fillcolor": ours.fill, "resample": Image.Resampling.BICUBIC}
 
 
-@pytest.mark.parametrize("index", range(15), ids=ftclip.RandAugment.OPS)
+@pytest.mark.parametrize("index", range(15), ids=list(ftclip.RandAugment.OPS))
 def test_randaugment_op_equals_timms_in_every_pixel(index, monkeypatch):
-    name, theirs = ftclip.RandAugment.OPS[index], timm_randaugment().ops[index]
+    name, theirs = list(ftclip.RandAugment.OPS)[index], timm_randaugment().ops[index]
     theirs.prob, theirs.magnitude_std = 1.0, 0.0
     magnitudes = {i / 10 for i in range(101)}
     steps = {"Posterize": 4, "Solarize": 256, "SolarizeAdd": 110}.get(name, 0)
@@ -513,7 +588,7 @@ def test_randaugment_op_equals_timms_in_every_pixel(index, monkeypatch):
         monkeypatch.setattr(timm.data.auto_augment, "_randomly_negate", lambda value, sign=sign: sign * value)
         for theirs.magnitude in magnitudes:
             for image in (bright, dull):
-                result = ftclip.RandAugment().apply(image, name, theirs.magnitude, sign)
+                result = PAPER_RANDAUGMENT.apply(image, name, theirs.magnitude, sign)
                 if name == "Posterize" and theirs.magnitude == 10:
                     # 0 bits: black, for which timm asks Pillow, but Pillow 13 raises.
                     assert not np.asarray(result).any() and result.mode == "RGB" and result.size == image.size
@@ -526,8 +601,8 @@ def test_randaugment_draws_ops_magnitudes_and_signs_as_specified():
         def apply(self, image, op, magnitude, sign=1):
             return (*image, (op, magnitude, sign))  # the "image" is what has been applied to it
 
-    rng, ops = random.Random(0), ftclip.RandAugment.OPS
-    images = [Recorder()((), rng) for _ in range(60_000)]
+    rng, ops = random.Random(0), list(ftclip.RandAugment.OPS)
+    images = [Recorder(*PAPER_OPS)((), rng) for _ in range(60_000)]
     assert_fits(map(len, images), {0: 0.25, 1: 0.5, 2: 0.25})
 
     # Tenths of N(9, 0.5), the last of them cut at 10. All cells together show independence as well.
@@ -549,14 +624,14 @@ def test_randaugment_draws_ops_magnitudes_and_signs_as_specified():
     joint = {(a, b): quarter[a] * quarter[b] for a in quarter for b in quarter}
     assert_fits((((a[1] > 9, a[2]), (b[1] > 9, b[2])) for a, b in pairs), joint)
 
-    weak = [m for _ in range(1000) for _, m, _ in Recorder(magnitude=0.1)((), rng)]
+    weak = [m for _ in range(1000) for _, m, _ in Recorder(0.1, *PAPER_OPS[1:])((), rng)]
     assert min(weak) == 0  # cut below as well
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (40, 90), (200, 4)])  # in the last, ten tries may fail
 def test_random_erasing_draws_timms_boxes(height, width):
     # Both take the same numbers in the same order, so the boxes can be compared one by one.
-    ours, theirs = ftclip.RandomErasing(), RandomErasing(probability=0.25, mode="pixel", device="cpu")
+    ours, theirs = PAPER_ERASING, RandomErasing(probability=0.25, mode="pixel", device="cpu")
     for seed in range(3000):
         random.seed(seed)
         rows, columns = theirs(torch.zeros(1, height, width))[0].nonzero(as_tuple=True)
@@ -572,7 +647,7 @@ def test_random_erasing_fills_boxes_with_independent_normal_noise(given):
     torch.manual_seed(0)
     random.seed(0)
     images = torch.full((400, 3, 48, 40), 7.0)
-    erasing = ftclip.RandomErasing()
+    erasing = PAPER_ERASING
     boxes = [erasing.sample(48, 40) for _ in images] if given else None
     assert erasing(images, boxes) is images
     noise, neighbours, channels = [], [], []
@@ -609,7 +684,7 @@ def test_train_crop_is_timms_and_mirrored_half_the_time(size, scale):
     for seed in range(400):
         random.seed(seed)
         expected = tensor(theirs(image))
-        ours = ftclip.train_transform(tensor(image), random.Random(seed), 48, scale)
+        ours = ftclip.train_transform(tensor(image), random.Random(seed), 48, scale, ASPECT)
         assert ours.dtype == torch.uint8 and ours.shape == (3, 48, 48)
         flipped = same_picture(ours.flip(-1), expected)
         assert flipped != same_picture(ours, expected), seed
@@ -624,19 +699,19 @@ def test_eval_image_is_timms(size, image_size):
     image, grey = photo(*size), 1 / 255 / torch.tensor(CLIP["std"]).view(3, 1, 1)  # in normalised units
     for given in (tensor(image), image, image.convert("L"), image.convert("P")):
         expected = theirs(given.convert("RGB") if isinstance(given, Image.Image) else image)
-        ours = ftclip.normalize(ftclip.eval_transform(given, image_size))
+        ours = ftclip.normalize(ftclip.eval_transform(given, image_size), ftclip.CLIP_MEAN, ftclip.CLIP_STD)
         assert ours.shape == (3, image_size, image_size) and ours.dtype == torch.float32
         assert same_picture(ours / grey, expected / grey)
 
 
 def test_augmentation_takes_all_chance_from_rng():
-    image, augment = tensor(photo(60, 50)), ftclip.RandAugment()
+    image, augment = tensor(photo(60, 50)), PAPER_RANDAUGMENT
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()
     for seed in range(50):
         first, second = (
             (
-                ftclip.train_transform(image, rng, 32, randaugment=augment),
-                ftclip.RandomErasing().sample(32, 32, rng),
+                ftclip.train_transform(image, rng, 32, 0.08, ASPECT, augment),
+                PAPER_ERASING.sample(32, 32, rng),
             )
             for rng in (random.Random(seed), random.Random(seed))
         )
@@ -654,7 +729,7 @@ def test_training_images_have_timms_statistics(monkeypatch):
     np.random.seed(0)
     torch.manual_seed(0)
     image, rng, draws = photo(140, 100, seed=5), random.Random(0), 10_000
-    theirs, augment, erasing = timm_train(32), ftclip.RandAugment(), ftclip.RandomErasing()
+    theirs, augment, erasing = timm_train(32), PAPER_RANDAUGMENT, PAPER_ERASING
 
     def statistic(images):
         """(N, 21): of each image the light in each quarter, and the mean, square and edges of each colour."""
@@ -662,8 +737,8 @@ def test_training_images_have_timms_statistics(monkeypatch):
         quarters = F.adaptive_avg_pool2d(images, 2).flatten(1)
         return torch.cat([quarters, images.mean((2, 3)), images.square().mean((2, 3)), edges], 1)
 
-    ours = [ftclip.train_transform(tensor(image), rng, 32, randaugment=augment) for _ in range(draws)]
-    ours = statistic(erasing(ftclip.normalize(torch.stack(ours))))
+    ours = [ftclip.train_transform(tensor(image), rng, 32, 0.08, ASPECT, augment) for _ in range(draws)]
+    ours = statistic(erasing(ftclip.normalize(torch.stack(ours), ftclip.CLIP_MEAN, ftclip.CLIP_STD)))
     theirs = statistic(torch.stack([theirs(image) for _ in range(draws)]))
     for power in (1, 2):  # means, then spread between images
         x, y = ours**power, theirs**power
@@ -756,16 +831,6 @@ def test_a_broken_image_is_named(damage, kind, tmp_path):
         ftclip.read_image(tmp_path / "x.jpg")
 
 
-def test_a_pipe_or_a_blank_avif_is_named_too(tmp_path):
-    photo(200, 200).save(tmp_path / "blank.avif")
-    head, mark, content = (tmp_path / "blank.avif").read_bytes().partition(b"mdat")
-    (tmp_path / "blank.avif").write_bytes(head + mark + bytes(len(content)))  # a RuntimeError of Pillow's
-    os.mkfifo(tmp_path / "pipe.png")
-    for name in ("blank.avif", "pipe.png"):
-        with pytest.raises(ValueError, match=f"cannot read image .*{name}"):
-            ftclip.read_image(tmp_path / name)
-
-
 def test_images_are_told_by_their_names_and_other_files_are_counted(data, tmp_path):
     shutil.copytree(data / "train" / "ant", tmp_path / "ant")
     photo(9, 9).save(tmp_path / "ant" / "more.GIF")
@@ -776,7 +841,9 @@ def test_images_are_told_by_their_names_and_other_files_are_counted(data, tmp_pa
 
 def keys_of(world, micro, start=0, stop=6):
     """All keys of a run in the order of steps, put together from its processes."""
-    ranks = [list(ftclip.MicroBatches(23, 8, micro, start, stop, 0, rank, world)) for rank in range(world)]
+    ranks = [
+        list(ftclip.MicroBatches(23, 8, micro, range(start, stop), 0, rank, world)) for rank in range(world)
+    ]
     per_step = 8 // (micro * world)
     steps = range(stop - start)
     return [
@@ -792,15 +859,19 @@ def test_sample_order_is_the_same_in_every_layout_and_from_every_restart():
     for world, micro in ((1, 2), (2, 2), (2, 4), (4, 1)):
         assert keys_of(world, micro) == reference
     assert keys_of(2, 2, start=3) == reference[24:]
+    assert len(ftclip.MicroBatches(23, 8, 2, range(6), world=2)) == 12
+    for wrong in ((23, 8, 3, 1), (23, 8, 2, 3), (7, 8, 2, 1)):
+        with pytest.raises(ValueError, match="global batch of 8 is not"):
+            ftclip.MicroBatches(*wrong[:3], range(6), world=wrong[3])
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
     def sample(key, seed=0):
         random.seed(random.SystemRandom().random())  # whatever the state of the process
-        crop = lambda image, rng: ftclip.train_transform(image, rng, 32, 0.3, ftclip.RandAugment())
-        return ftclip.FolderDataset(
-            str(data / "train"), ftclip.read_image, crop, ftclip.RandomErasing(), seed
-        )[key]
+        crop = lambda image, rng: ftclip.train_transform(image, rng, 32, 0.3, ASPECT, PAPER_RANDAUGMENT)
+        return ftclip.FolderDataset(str(data / "train"), ftclip.read_image, crop, PAPER_ERASING.sample, seed)[
+            key
+        ]
 
     assert same(sample((2, 7)), sample((2, 7)))
     assert not same(sample((2, 7))[0], sample((3, 7))[0])
@@ -837,13 +908,33 @@ def test_accumulated_micro_batches_equal_one_batch():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_train_step_refuses_what_would_train_something_else():
+    model, batch = nn.Linear(2, 2).eval(), (torch.ones(1, 2), torch.tensor([0]))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for batches in (iter([]), iter([batch])):
+        with pytest.raises(ValueError, match="micro_batches ended after"):
+            ftclip.train_step(model, batches, 2, optimizer, scaler)
+    with pytest.raises(TypeError):  # a DataLoader would start again at each step
+        ftclip.train_step(model, [batch, batch], 2, optimizer, scaler)
+    assert same(model.state_dict(), before) and model.training
+
+
+def test_what_was_saved_can_be_loaded(tmp_path):
+    ftclip.save_checkpoint(tmp_path / "x.pt", {"anything": torch.ones(3)})
+    state = ftclip.load_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(state["anything"], torch.ones(3))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()  # read, not mapped
+
+
 def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
     class Hostile:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     (tmp_path / "last.pt").write_bytes(pickle.dumps(Hostile()))
-    torch.save({"format": "ftclip 1", "x": Hostile()}, tmp_path / "best.pt")
+    torch.save({"format": "ftclip 2", "x": Hostile()}, tmp_path / "best.pt")
     for name in ("last.pt", "best.pt"):
         with pytest.raises(ValueError, match=name):
             ftclip.load_checkpoint(tmp_path / name)
@@ -853,10 +944,10 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
-    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "step": 1})
+    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 2", "step": 1})
     with pytest.raises(AttributeError):  # halfway through the write
         ftclip.save_checkpoint(
-            tmp_path / "last.pt", {"format": "ftclip 1", "a": torch.zeros(9), "b": lambda: 0}
+            tmp_path / "last.pt", {"format": "ftclip 2", "a": torch.zeros(9), "b": lambda: 0}
         )
     assert ftclip.load_checkpoint(tmp_path / "last.pt")["step"] == 1
 
@@ -864,7 +955,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 def test_images_of_any_shape_go_through_both_transforms():
     for width, height in ((1, 1), (20_000, 3), (3, 20_000)):
         image = torch.zeros(3, height, width, dtype=torch.uint8)
-        assert ftclip.train_transform(image, random.Random(0), 32).shape == (3, 32, 32)
+        assert ftclip.train_transform(image, random.Random(0), 32, 0.08, ASPECT).shape == (3, 32, 32)
         assert ftclip.eval_transform(image, 32).shape == (3, 32, 32)
 
 
@@ -903,12 +994,12 @@ def test_folders_that_cannot_be_read_or_written_are_walls(data, tmp_path, monkey
 
 
 def test_a_full_disk_is_a_wall_and_spares_the_old_file(tmp_path):
-    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "step": 1})
+    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 2", "step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(ValueError, match=r"cannot write .*last.pt .*: make room"):
-            ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "x": torch.zeros(100_000)})
+            ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 2", "x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ftclip.load_checkpoint(tmp_path / "last.pt")["step"] == 1
@@ -916,7 +1007,7 @@ def test_a_full_disk_is_a_wall_and_spares_the_old_file(tmp_path):
 
 
 def test_a_truncated_checkpoint_is_a_wall(tmp_path):
-    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 1", "x": torch.zeros(1000)})
+    ftclip.save_checkpoint(tmp_path / "last.pt", {"format": "ftclip 2", "x": torch.zeros(1000)})
     whole = (tmp_path / "last.pt").read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "last.pt").write_bytes(whole[:size])
@@ -931,7 +1022,7 @@ def test_a_truncated_checkpoint_is_a_wall(tmp_path):
 def test_a_flipped_bit_in_a_checkpoint_never_gives_other_contents(tmp_path):
     path, state = (
         tmp_path / "last.pt",
-        {"format": "ftclip 1", "x": torch.zeros(9), "history": [{"top1": 5.0}]},
+        {"format": "ftclip 2", "x": torch.zeros(9), "history": [{"top1": 5.0}]},
     )
     ftclip.save_checkpoint(path, state)
     whole = path.read_bytes()
@@ -960,7 +1051,7 @@ def test_a_run_leaves_what_readme_says(reference, data):
     assert all(
         {"train_loss", "raw_top1", "raw_top5", "ema_top1", "ema_top5"} <= line.keys() for line in lines[1:]
     )
-    assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl", "lock"}
+    assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
     model, classes, transform = ftclip.load_classifier(reference / "best.pt")
     assert classes == CLASSES and not model.training
     path = next((data / "val" / CLASSES[1]).iterdir())
@@ -1007,7 +1098,7 @@ def test_a_signal_ends_the_step_and_saves(number, reference, tiny, data, tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(ftclip, "train_step", interrupted)
             patch.setattr(sys, "argv", ["ftclip.py", *argv])
-            assert ftclip._run() == 128 + number
+            assert ftclip.run() == 128 + number
         assert f"stopped by {signal.Signals(number).name}: the same" in capsys.readouterr().out
         assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == i
     ftclip.main(argv)
@@ -1050,23 +1141,28 @@ def test_a_signal_within_an_evaluation_leaves_it_for_later(reference, tiny, data
             ftclip, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
         )
         patch.setattr(sys, "argv", ["ftclip.py", *argv])
-        assert ftclip._run() == 143
+        assert ftclip.run() == 143
     state = ftclip.load_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["step"], state["history"]) == (3, [])
     ftclip.main(argv)
     assert same(outcome(tmp_path / "run"), outcome(reference))
 
 
-def test_a_signal_to_all_does_not_end_a_worker_that_has_just_begun(tiny, data, tmp_path, monkeypatch):
-    deaf = ftclip._deaf
-    monkeypatch.setattr(ftclip, "_deaf", lambda i: os.kill(os.getpid(), signal.SIGTERM) or deaf(i))
-    ftclip.main(flags(tiny, data, tmp_path / "run", "--workers", 1))
+def test_a_signal_to_all_does_not_end_a_worker_from_its_first_moment(tiny, data, tmp_path, monkeypatch):
+    """torchrun 2.15 and a terminal signal the whole process group; the step in hand still needs its workers."""
+
+    class Loader(ftclip.DataLoader):
+        def __init__(self, *args, **how):
+            super().__init__(*args, worker_init_fn=lambda _: os.kill(os.getpid(), signal.SIGTERM), **how)
+
+    monkeypatch.setattr(ftclip, "DataLoader", Loader)
+    assert ftclip.main(flags(tiny, data, tmp_path / "run", "--workers", 1)) == 0
 
 
 def test_a_killed_worker_is_a_wall(tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ftclip, "read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run"), "--workers", "1"])
-    assert ftclip._run() == 2
+    assert ftclip.run() == 2
     assert re.fullmatch(r"ftclip: DataLoader worker .*lower --workers.*\n", capsys.readouterr().err)
 
 
@@ -1082,14 +1178,6 @@ def test_a_full_shared_memory_is_a_wall(tiny, data, tmp_path):
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]  # torch 2.6 writes a line of its own before it
     assert re.search("ftclip: .*/dev/shm .*--ipc=host.*--workers", last)
-
-
-def test_a_program_that_calls_main_ends_after_a_wall(tiny, data, tmp_path):
-    argv = flags(tiny, broken(data, "unreadable"), tmp_path / "run", "--workers", 2)
-    code = f"import ftclip\ntry: ftclip.main({argv})\nexcept ValueError as error: kept = error\nprint(kept)"
-    how = {"cwd": HERE, "capture_output": True, "text": True, "timeout": 60}
-    done = subprocess.run([sys.executable, "-c", code], check=False, **how)
-    assert done.returncode == 0 and "cannot read image" in done.stdout
 
 
 def test_a_stop_during_an_evaluation_loses_nothing(reference, tiny, data, tmp_path, monkeypatch):
@@ -1121,11 +1209,8 @@ def test_what_is_not_finite_stops_before_it_is_saved(what, at, tiny, data, tmp_p
 
     monkeypatch.setattr(ftclip, "train_step", poisoned)
     monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run"), "--amp", "bf16"])
-    assert ftclip._run() == 2
-    lr = ftclip.lr_at(at - 1, 9, 3, 1e-3, 1e-6)
-    sentence = (
-        rf"the {what} is nan at step {at} \(lr {lr:.3g}, --amp bf16\); .*last.pt is from before it: go on"
-    )
+    assert ftclip.run() == 2
+    sentence = rf"the {what} is nan at step {at}; last.pt, if any, is from before it: resume with --amp none"
     assert re.search(sentence, capsys.readouterr().err)
     assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
@@ -1136,7 +1221,7 @@ def test_a_full_gpu_is_a_sentence_that_names_the_flag(tiny, data, tmp_path, monk
 
     monkeypatch.setattr(ftclip, "train_step", full)
     monkeypatch.setattr(sys, "argv", ["ftclip.py", *flags(tiny, data, tmp_path / "run")])
-    assert ftclip._run() == 2
+    assert ftclip.run() == 2
     assert re.fullmatch(r"ftclip: the GPU's memory .*--micro-batch-size.*same\n", capsys.readouterr().err)
 
 
@@ -1159,7 +1244,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def start(*argv, launcher: tuple = (), log: Path | str = os.devnull) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     command = [sys.executable, *launcher, SCRIPT, *map(str, argv)]
     with open(log, "w") as out:
         how = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
@@ -1176,8 +1261,6 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
         before = last.stat().st_mtime if last.exists() else 0
         wait_for(lambda: last.exists() and last.stat().st_mtime > before)  # noqa: B023
         time.sleep(rng.uniform(0, 1))
-        with pytest.raises(ValueError, match="another run is writing into --output .*run: "):
-            ftclip.main(argv)
         os.killpg(process.pid, number)  # the workers too, as Ctrl-C and a scheduler do
         assert process.wait(20) == status
         wait_for(lambda: not processes_of(tmp_path / "run"))
@@ -1209,7 +1292,7 @@ def test_a_signal_to_torchrun_ends_all_processes_with_their_state_saved(tiny, da
     time.sleep(0.5)
     run.terminate()
     assert run.wait(20) and not processes_of(tmp_path / "run")
-    assert "stopped by SIGTERM: the same command goes on" in (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM: the same command resumes" in (tmp_path / "log").read_text()
     assert ftclip.load_checkpoint(last)["step"] < 36
     ftclip.main(argv)
     assert far(tmp_path / "run", tmp_path / "undisturbed") < 1e-5
@@ -1319,42 +1402,40 @@ def broken(root: Path, kind: str) -> Path:
 
 
 WALLS = {  # what is wrong → what the sentence must name
-    "--data {data}/nowhere": "nowhere/train",
+    "--data {data}/nowhere": "no class folders in .*nowhere/train",
     "--data flat": "no class folders in .*flat/val",
-    "--data differ": r"train has 1 class\(es\) \(wasp\)",
-    "--data empty": r"no images in 1 .*train \(cat\)",
+    "--data differ": r"train and .*val have other classes, such as \['moth', 'wasp'\]",
+    "--data empty": r"no images in class cat of .*train",
     "--data unreadable": r"cannot read image .*ant.*\.png",
     "--data newline": r"cannot read image .*ant/a b\.png",
     "--batch-size 49": "49 is more than 48",
     "--batch-size 18": "18 is not a multiple of 1 device.* x 4 .* 16 or 20",
     "--model ViT-B-61": "near it: ViT-B-16",
-    "--model {other}/zero.json": "not a plain ViT",
     "--model RN50": "RN50 is not a plain ViT",
     "--model vit_medium_patch16_gap_256": "not a plain ViT",
-    "--model ViT-B-16 --pretrained opnai": "tags: openai, laion400m_e31",
+    "--model ViT-B-16 --pretrained opnai": "give one of a weights file, none, openai, laion400m_e31",
     "--image-size 33": "33 is not a multiple of .* 8 pixels: try 32 or 40",
-    "--pretrained {weights}": "does not fit .*: class_embedding is none there .*give the --model",
+    "--pretrained {weights}": "weights.pt does not say its activation: give --quick-gelu",
+    "--pretrained {weights} --quick-gelu": "does not fit .*Missing key.*class_embedding.*give the --model",
     "--pretrained {data}/junk": "cannot load --pretrained",
     "--train-blocks 4": "give 3 at most",
     "--amp fp16": "needs a GPU",
     "--output {reference}": r"of another run \(.*random_erasing .* → 0.1",
     "--output {best}": "no last.pt",
-    "--output {weights}/below": "cannot write into --output .*below .*Not a directory",
-    "--output {reference} --data {fewer}": r"of another run \(.*train_images 48 .* → 47",
-    "--output {reference} --data {unseen}": r"of another run \(.*val_images 13 .* → 12",
+    "--output {weights}/below": "below/last.pt .*Not a directory",
+    "--output {reference} --data {fewer}": r"of another run \(.*num_images 48 → 47",
+    "--output {reference} --data {unseen}": r"of another run \(.*num_val 13 → 12",
     "--output {reference} --model {other}/tiny.json": r"of another run \(.*'layers': 3.* → .*'layers': 2",
-    "--output {other}": "last.pt is a best.pt",
-    "--model {other}/narrow.json": "open_clip cannot build .*'width': 32",
     "--eval": "--checkpoint",
-    "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt has 1 class\(es\) \(wasp\)",
+    "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt and .*val have other classes, such as \['moth', 'wasp'\]",
     "--eval --checkpoint {weights}": "has format None",
     "--eval --checkpoint nothing.pt": "cannot read checkpoint nothing.pt",
     "--min-lr 1": "above --lr",
-    "--warmup-epochs 3": "leaves nothing",
-    "--epochs 0": "--epochs: 0 is not in",
-    "--lr nan": "--lr: nan is not in",
-    "--crop-scale 0": "--crop-scale: 0 is not in",
-    "--drop-path 1": "--drop-path: 1 is not in",
+    "--warmup-epochs 3": "leaves nothing to train",
+    "--epochs 0": "argument --epochs: 0 is not from",
+    "--lr nan": "argument --lr: nan is not from",
+    "--crop-scale 0": "argument --crop-scale: 0 is not from",
+    "--drop-path 1": "argument --drop-path: 1 is not from",
     "--nonsense": "unrecognized arguments: --nonsense",
 }
 
@@ -1368,10 +1449,6 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     shutil.copy(reference / "best.pt", tmp_path / "other" / "last.pt")
     small = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
     (tmp_path / "other" / "tiny.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": small}))
-    zero = small | {"patch_size": 0}
-    (tmp_path / "other" / "zero.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": zero}))
-    narrow = small | {"width": 32, "head_width": 64}
-    (tmp_path / "other" / "narrow.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": narrow}))
     (data.parent / "junk").write_text("junk")
     names = {"data": data.parent, "reference": reference, "weights": tmp_path / "weights.pt"}
     names |= {kind: broken(data, kind) for kind in ("differ", "fewer", "unseen")}
@@ -1385,12 +1462,11 @@ def test_a_wall_is_a_sentence(wrong, reference, tiny, data, tmp_path, monkeypatc
     monkeypatch.setattr(
         sys, "argv", ["ftclip.py", *flags(tiny, data, "out", "--random-erasing", "0.1", *more)]
     )
-    assert ftclip._run() == 2
+    assert ftclip.run() == 2
     error = capsys.readouterr().err
     assert error.startswith("ftclip: ") and error.count("\n") == 1
     assert re.search(WALLS[wrong], error)
-    begun = [tmp_path / "out", tmp_path / "out" / "lock"] if kinds in (["unreadable"], ["newline"]) else []
-    assert sorted(tmp_path.rglob("*")) == sorted([*before, *begun])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 OUTSIDE = """--image-size 0; --train-blocks -1; --drop-path 1; --epochs 0; --warmup-epochs -1; --batch-size 0
@@ -1412,9 +1488,9 @@ def test_walls_from_the_command_line_and_from_a_worker(tiny, data, tmp_path):
     assert re.fullmatch(r"ftclip: cannot read image .*ant.*\n", done.stderr)
     done = run(*flags(tiny, data, tmp_path / "out", "--device", "cuda"))
     if not torch.cuda.is_available():
-        assert done.returncode == 2 and "--device cuda: process 0 has none of 0 GPUs" in done.stderr
+        assert done.returncode == 2 and "process 0 has none of 0 GPUs" in done.stderr
     done = run("--data", tmp_path / "nowhere", processes=2)
-    assert done.stderr.count("ftclip: no folder") == 1  # once, not once a process
+    assert done.stderr.count("ftclip: no class folders") == 1  # once, not once a process
 
 
 # ---------------------------------------------------------------------------------------------- for copying
@@ -1439,39 +1515,41 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
         "CLIPClassifier",
         "model_config",
         "load_weights",
+        "resize_positions",
+        "add_drop_path",
     )  # as build_model's docstring says
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def trained(step):
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return step(model, [(torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))], 1, optimizer, scaler)
-
-    class FixedBox:
-        def sample(self, *_):
-            return 0, 0, 1, 1
+        return step(model, iter([(torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))]), 1, optimizer, scaler)
 
     def folder(cls):
-        return cls(str(data / "train"), ftclip.read_image, lambda image, rng: image, FixedBox())[(0, 0)]
+        return cls(str(data / "train"), ftclip.read_image, lambda image, rng: image, lambda *_: (0, 0, 1, 1))[
+            (0, 0)
+        ]
 
-    flat = nn.Linear(2, 2)
+    flat, layered = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     uses = {
-        "CLIPClassifier": lambda f: f(nn.Identity(), 4, 2)(torch.ones(1, 3, 4)),
+        "CLIPClassifier": lambda f: f(ftclip.build_model(TINY, 3).trunk, 2)(torch.ones(1, 3, 32, 32)),
         "model_config": lambda f: f("ViT-B-16"),
         "load_weights": lambda f: pytest.raises(ValueError, f, "ViT-B-16", "no such tag"),
         "build_model": lambda f: f(TINY, 2, drop_path=0.1).train()(torch.ones(2, 3, 32, 32)),
-        "layer_id": lambda f: f("head.bias", 12),
-        "param_groups": lambda f: f(flat, lambda name, layers: 0, 1, 1e-3, 0.5),
-        "lr_at": lambda f: f(3, 10, 2, 1.0),
+        "layer_id": lambda f: f("head.bias"),
+        "param_groups": lambda f: f(layered, lambda name: (0, 1, math.inf)[int(name[0])], 1e-3, 0.5, 0.05),
+        "resize_positions": lambda f: f(torch.ones(5, 3), 4),
+        "add_drop_path": lambda f: f(ftclip.build_model(TINY, 3).trunk.transformer.resblocks, 0.1),
+        "lr_at": lambda f: f(3, 10, 2, 1.0, 0.0),
         "EMA": lambda f: f(flat, 0.9).update(flat),
         "read_image": lambda f: f(picture),
-        "RandAugment": lambda f: [f()(Image.open(picture).convert("RGB"), rng) for _ in range(40)],
-        "RandomErasing": lambda f: f(1.0)(torch.zeros(2, 3, 8, 8)),
-        "train_transform": lambda f: f(image, rng, 16),
+        "RandAugment": lambda f: [f(*PAPER_OPS)(Image.open(picture).convert("RGB"), rng) for _ in range(40)],
+        "RandomErasing": lambda f: f(*BOXES)(torch.zeros(2, 3, 8, 8)),
+        "train_transform": lambda f: f(image, rng, 16, 0.08, ASPECT),
         "eval_transform": lambda f: f(image, 16),
-        "normalize": lambda f: f(image),
+        "normalize": lambda f: f(image, **CLIP),
         "FolderDataset": folder,
-        "MicroBatches": lambda f: list(f(8, 4, 2, 0, 3)),
+        "MicroBatches": lambda f: list(f(8, 4, 2, range(3))),
         "train_step": trained,
         "evaluate": lambda f: f({"m": flat}, [(torch.ones(2, 2), torch.tensor([0, 1]))]),
         "save_checkpoint": lambda f: f(tmp_path / "x.pt", {}),
@@ -1486,11 +1564,14 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
         "eval_transform",
         "normalize",
     )
-    tree = ast.parse(Path(SCRIPT).read_text())
-    public = {
-        n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"
-    }
-    assert public - {"parse_args", "main", "draw_demo"} == uses.keys()
+    together["evaluate"] = ("evaluate", "all_sum")
+    above, _ = Path(SCRIPT).read_text().split("# " + "-" * 94 + " the program")
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    public = {n.name for n in ast.parse(above).body if isinstance(n, kinds)}
+    # What belongs to a run of this program: it takes its plan and system.
+    run = {"nearest_recipe", "resolve", "augment_on_device", "start_loader", "train_batches", "val_batches"}
+    run |= {"all_sum", "start_or_resume", "distribute", "checked_losses", "train"}
+    assert public - run == uses.keys()
     for name, use in uses.items():
         use(cut_out(*together.get(name, (name,)))[name])
 

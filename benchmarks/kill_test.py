@@ -56,7 +56,7 @@ def main() -> None:
             launcher += ["-m", "torch.distributed.run", *how.split()]
         more = shlex.split("--epochs 40 --workers 1 --save-every 2")
         flags = test_ftclip.flags(str(root / "tiny.json"), root / "data", folder, *more)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         command = [*launcher, str(SCRIPT), *flags]
         with open(f"{folder}.log", "w") as log:
             how = {"env": environment, "stdout": log, "stderr": log}
