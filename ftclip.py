@@ -89,7 +89,7 @@ SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; gr
 }
 COMMON = {name: value for name, (value, *_) in SETTINGS.items()}
 COMMON |= {"pretrained": "openai", "quick_gelu": None, "betas": (0.9, 0.999), "eps": 1e-8}  # AdamW's
-# timm's rand-m9-mstd0.5-inc1; width / height of a crop; share of the image and height / width of an erased box
+# timm's rand-m9-mstd0.5-inc1; width / height of a crop; share of the image, height / width of an erased box
 COMMON |= {"randaug_std": 0.5, "randaug_ops": 2, "randaug_probability": 0.5}
 COMMON |= {"crop_aspect": (3 / 4, 4 / 3), "erasing_area": (0.02, 1 / 3), "erasing_aspect": (0.3, 1 / 0.3)}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -119,11 +119,11 @@ def nearest_recipe(name: str, layers: int, image_size: int) -> tuple[str, int]:
 
 
 def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tuple:
-    """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes them later.
+    """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes it later.
 
     What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
-    leaves 32 steps an epoch; lr belongs to a batch and scales with it, warm-up to a number of epochs likewise;
-    the EMA remembers a third of the run at most; the micro-batch is the largest up to the recipe's that divides.
+    leaves 32 steps an epoch; lr belongs to a batch and scales with it, as warm-up to a number of epochs; the
+    EMA remembers a third of the run at most; the micro-batch is the largest up to the recipe's that divides.
     Returns a named tuple; raises ValueError for numbers that do not go together.
 
     Args:
@@ -180,8 +180,8 @@ class CLIPClassifier(nn.Module):
 
     def __init__(self, trunk: nn.Module, num_classes: int) -> None:
         super().__init__()
-        # Tokens as the last block leaves them, (N, 1 + patches, width), class token first. Parameters that are
-        # not used would get no gradient, for which DistributedDataParallel waits: so they go.
+        # Tokens as the last block leaves them, (N, 1 + patches, width), class token first. Parameters without
+        # a use would get no gradient, for which DistributedDataParallel waits: so they go.
         trunk.ln_post, trunk.proj, trunk.pool_type, trunk.output_tokens = nn.Identity(), None, "none", False
         self.trunk, width = trunk, trunk.positional_embedding.shape[1]
         self.norm = nn.LayerNorm(width, eps=1e-5)
@@ -231,8 +231,8 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     torch.device("meta") nothing is downloaded or read, and the weights are empty.
 
     Returns weights by the tower's parameter names, and what open_clip knows of the tag, True for OpenAI's
-    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, or if it can't
-    be had or read, or holds no CLIP ViT.
+    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, or it can't be
+    had or read, or holds no CLIP ViT.
     """
     import open_clip
 
@@ -314,8 +314,9 @@ def build_model(
     """open_clip's image tower with the FT-CLIP head, float32, on the CPU.
 
     Its `config` is the resolved configuration, from which it can be built again. Raises ValueError for an
-    unknown model or tag, an image size that is not a multiple of the patch, more blocks than there are, weights
-    that do not fit, or of which nothing tells the activation. To copy it, copy the five definitions above it too.
+    unknown model or tag, an image size that is not a multiple of the patch, more blocks than there are, or
+    weights that do not fit or of which nothing tells the activation. To copy it, copy the five definitions
+    above it too.
 
     Args:
         model: an open_clip ViT by name, the path of a model-config JSON, or such a configuration.
@@ -445,10 +446,10 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
 
 
 class EMA:
-    """A moving average of a model's weights: after each optimizer step, ema += (1 − decay) · (weights − ema).
+    """A moving average of a model's weights: after an optimizer step, ema += (1 − decay) · (weights − ema).
 
-    It starts from the starting weights and remembers 1 / (1 − decay) steps, 5,000 for the paper's 0.9998: in a
-    run that is not several times as long, take less, or it hardly leaves its start.
+    It starts from the starting weights and remembers 1 / (1 − decay) steps, 5,000 for the paper's 0.9998: in
+    a run that is not several times as long, take less, or it hardly leaves its start.
     Source: official engine_for_finetuning.py:92.
 
     `module` is the averaged model, in evaluation mode. The model that it is made from must already be on its
@@ -614,7 +615,7 @@ def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
-    """uint8 images (..., 3, H, W) as float32 from 0 to 1, less the mean, over the deviation of each channel."""
+    """uint8 images (..., 3, H, W) as float32 from 0 to 1, less mean, over standard deviation, by channel."""
     images = images.float() / 255
     for i, (m, s) in enumerate(zip(mean, std)):  # as tensors, they would be copied, and the GPU waited for
         images[..., i, :, :].sub_(m).div_(s)
@@ -626,7 +627,7 @@ def augment_on_device(
 ) -> tuple[Tensor, Tensor]:
     """What happens to a micro-batch on the device: normalised, erased, mixed (by one of mixes, if there are).
 
-    From uint8 (N, 3, S, S), boxes (N, 4) and labels (N,) to float32 images and labels, (N, num_classes) if mixed.
+    From uint8 (N, 3, S, S), boxes (N, 4), labels (N,) to float32 images and labels, (N, num_classes) if mixed.
     """
     images = normalize(images.to(device, non_blocking=True), CLIP_MEAN, CLIP_STD)
     images, labels = erasing(images, boxes.tolist()), labels.to(device, non_blocking=True)
@@ -664,9 +665,9 @@ class FolderDataset(Dataset):
     Key (epoch, index) gives (image, box to erase (4,), label); all chance comes from (seed, epoch, index).
     Key index gives (image, label), for evaluation.
 
-    classes are the folders' names, sorted; samples are (path, label), a label being a place in classes; left_out
-    are files that are no images by their names. Raises ValueError for no class folder, no image in a class, a
-    folder that cannot be read or is reached twice.
+    `classes` are the folders' names, sorted; `samples` are (path, label), a label being a place in classes;
+    `left_out` are files that are no images by their names. Raises ValueError for no class folder, no image in
+    a class, a folder that cannot be read or is reached twice.
 
     Args:
         load: path → uint8 (3, H, W).
@@ -681,7 +682,7 @@ class FolderDataset(Dataset):
         folders = sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else []
         self.classes = [entry.name for entry in folders if entry.is_dir()]
         if not self.classes:
-            way = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/ (sort ImageNet's flat val)"
+            way = "--data DIR needs DIR/train/<class>/ and DIR/val/<class>/ (sort ImageNet's flat val first)"
             raise ValueError(f"no class folders in {root}: {way}")
 
         def refuse(error: OSError) -> None:  # else the folder would be left out in silence
@@ -771,8 +772,8 @@ def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
 def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, timed: Callable) -> Iterator:
     """This process's micro-batches for train_step, from optimizer step `first` on.
 
-    Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global batch:
-    the same after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
+    Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global
+    batch: the same after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
     """
     erasing = RandomErasing(plan.random_erasing, plan.erasing_area, plan.erasing_aspect)
     mixes = [v2.MixUp(alpha=plan.mixup, num_classes=plan.num_classes)] if plan.mixup else []
@@ -814,7 +815,7 @@ def train_step(
     ValueError if micro_batches ends too early; the weights are then as they were.
 
     Args:
-        model: plain or in DistributedDataParallel, which exchanges gradients once a step; set to training mode.
+        model: plain or in DistributedDataParallel, which then exchanges gradients once; put in training mode.
         micro_batches: an iterator, from which the next ones are taken, on the device: (images (N, 3, S, S),
             labels (N,) or probabilities (N, num_classes)).
         scaler: keeps fp16 gradients from vanishing and skips the step if they overflow; disabled otherwise.
@@ -929,9 +930,9 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
 
     Copy load_checkpoint, build_model (and what that names), eval_transform and normalize with it.
 
-    Returns the model in evaluation mode, the class names in the order of its outputs, and the transform from one
-    image, as read_image or Pillow gives it, to what the model takes: float32 (3, S, S). Raises ValueError for a
-    file that is missing, damaged, or no ftclip checkpoint.
+    Returns the model in evaluation mode, the class names in the order of its outputs, and the transform from
+    one image, as read_image or Pillow gives it, to what the model takes: float32 (3, S, S). Raises ValueError
+    for a file that is missing, damaged, or no ftclip checkpoint.
     """
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
@@ -941,33 +942,29 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
     return model.eval().to(device), state["classes"], v2.Compose([size, colour])
 
 
-def start_or_resume(plan: tuple, system: System, model: CLIPClassifier, state: dict | None) -> tuple:
-    """What a run is: parts that have a state_dict, and its progress; as they begin, or as last.pt has them."""
-    groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
-    fused, fp16 = system.device.type == "cuda", system.amp_dtype == torch.float16
-    optimizer = torch.optim.AdamW(groups, betas=plan.betas, eps=plan.eps, fused=fused)
-    scaler = torch.amp.GradScaler(system.device.type, enabled=fp16)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    parts |= {"ema": EMA(model, plan.ema_decay)} if plan.ema_decay else {}
-    for name, part in parts.items():
-        if state and state[name]:  # a scaler that was off has nothing
-            part.load_state_dict(state[name])
+def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict | None) -> tuple:
+    """What a run is, anew or from last.pt: the model as it is trained, parts with a state_dict, progress."""
+    groups = param_groups(classifier, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
+    device, amp_dtype = system.device, system.amp_dtype
+    optimizer = torch.optim.AdamW(groups, betas=plan.betas, eps=plan.eps, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    parts = {"model": classifier, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"ema": EMA(classifier, plan.ema_decay)} if plan.ema_decay else {}
     progress = {"step": 0, "history": [], "loss_sum": 0.0}  # steps done, records of epochs, of this epoch
-    return parts, {key: state[key] if state else value for key, value in progress.items()}
-
-
-def distribute(model: nn.Module, plan: tuple, system: System) -> nn.Module:
-    """The model as it is trained: compiled, and in DistributedDataParallel where there are several processes."""
-    model = torch.compile(model) if system.compile else model
+    if state:
+        for name in parts:
+            if state[name]:  # a scaler that was off has nothing
+                parts[name].load_state_dict(state[name])
+        progress = {name: state[name] for name in progress}
+    model = torch.compile(classifier) if system.compile else classifier
     if dist.is_initialized():
-        device, amp_dtype = system.device, system.amp_dtype
         model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-        # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three processes
-        # or more. It is made to do so here, or the first step after a restart would be rounded differently.
+        # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three or more
+        # processes. It is made to do so here, or the first step after a restart would be rounded differently.
         images = torch.zeros(plan.micro_batch_size, 3, plan.image_size, plan.image_size, device=device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             model.train()(images).sum().backward()
-    return model
+    return model, parts, progress
 
 
 def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -> list[float]:
@@ -1004,12 +1001,11 @@ def train(
     Returns a record for each epoch, or None if it was stopped: a signal in any process ends it after a step,
     which is saved, or within an evaluation. `save` writes a checkpoint of this name, `state` is last.pt's.
     """
-    parts, progress = start_or_resume(plan, system, classifier, state)
+    model, parts, progress = prepare(plan, system, classifier, state)
     optimizer, scaler, ema = parts["optimizer"], parts["scaler"], parts.get("ema")
     models = {"raw": classifier} | ({"ema": ema.module} if ema else {})
     top1 = "ema_top1" if ema else "raw_top1"  # by which the best weights are chosen
     first, history, losses = progress["step"], progress["history"], []
-    model = distribute(classifier, plan, system)
     batches = train_batches(plan, system, data_sets[0], first, monitor.timed)
 
     def save_last() -> None:
@@ -1169,9 +1165,7 @@ def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
     val_set = FolderDataset(f"{root}/val", read_image, middle)
     if train_set.classes != val_set.classes:
         some = sorted(set(train_set.classes) ^ set(val_set.classes))[:5]
-        raise ValueError(
-            f"{root}/train and {root}/val have other classes, such as {some}: make them the same"
-        )
+        raise ValueError(f"{root}/train and {root}/val have other classes, such as {some}: match them")
     left_out = train_set.left_out + val_set.left_out
     if left_out:
         print(f"left out: {len(left_out)} files that are no images by name: {', '.join(left_out[:3])}")
@@ -1179,7 +1173,7 @@ def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
 
 
 def plan_of(args: argparse.Namespace, system: System) -> tuple:
-    """(plan, data sets, folder for output) of the flags; without data, a dry run is of the demo or of ImageNet."""
+    """(plan, data sets, output folder) of the flags; without data, a dry run is of ImageNet or the demo."""
     model = DEMO_MODEL if args.demo else args.model
     config, name = model_config(model), "demo" if args.demo else Path(model).stem.removesuffix("-quickgelu")
     size = args.image_size or config["vision_cfg"]["image_size"]
@@ -1213,14 +1207,14 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> str:
     total, trained = (
         sum(p.numel() for p in model.parameters() if p.requires_grad >= x) for x in (False, True)
     )
-    chain = f"{system.world} device(s) x {plan.micro_batch_size} images x {plan.accumulation} step(s)"
-    gpu = torch.cuda.get_device_name() if system.device.type == "cuda" else "CPU"
-    paper = f"{RECIPES[plan.recipe]['lr']:g} for {RECIPES[plan.recipe]['batch_size']} in the recipe"
     groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
+    gpu = torch.cuda.get_device_name() if system.device.type == "cuda" else "CPU"
+    paper = RECIPES[plan.recipe]
     lines = plan._asdict() | {
         "quick_gelu": model.config["quick_gelu"],
-        "batch_size": f"{plan.batch_size} = {chain}",
-        "lr": f"{plan.lr:.6g} of the head, for a batch of {plan.batch_size} ({paper})",
+        "batch_size": f"{plan.batch_size} = {system.world} x {plan.micro_batch_size} x {plan.accumulation} "
+        "(devices x micro-batch size x accumulation)",
+        "lr": f"{plan.lr:.6g} (recipe: {paper['lr']:g} for {paper['batch_size']})",
         "lr of the layers": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)),
         "parameters": f"{trained:,} of {total:,} are trained",
         "device": f"{gpu}, autocast {system.amp_dtype}",
@@ -1260,21 +1254,18 @@ class Monitor:
 
     def end_epoch(self, history: list[dict]) -> None:
         """The last record and the best, in words; the plan and all records in metrics.jsonl."""
-        tqdm.write(in_words(history))
+        record = history[-1]
+        text = f"epoch {record['epoch']}/{self.plan.epochs}  train loss {record['train_loss']:.4f}"
+        for name in [name for name in ("raw_top1", "ema_top1") if name in record]:
+            best = max((past for past in history if name in past), key=lambda past: past[name])
+            text += (
+                f"  {name[:3]} top-1 {record[name]:.2f} % (best {best[name]:.2f} %, epoch {best['epoch']})"
+            )
+        tqdm.write(text)
         if self.system.rank == 0:
             lines = ({"config": self.plan._asdict()}, *history)
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.since, self.waited = time.perf_counter(), 0.0
-
-
-def in_words(history: list[dict]) -> str:
-    """The last epoch, and the best so far. The paper's figure is the best of the EMA, chosen on val."""
-    text = f"epoch {history[-1]['epoch']}  train loss {history[-1]['train_loss']:.4f}"
-    for name in ("raw_top1", "ema_top1"):
-        if name in history[-1]:
-            best = max((record for record in history if name in record), key=lambda record: record[name])
-            text += f"  {name[:3]} top-1 {history[-1][name]:.2f} % (best {best[name]:.2f} %, epoch {best['epoch']})"
-    return text
 
 
 def read_last(output: Path, config: dict) -> dict | None:
@@ -1332,8 +1323,8 @@ def evaluate_checkpoint(args: argparse.Namespace, system: System) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Do what the flags say; nothing but the demo's images is written before everything has been checked.
 
-    Returns the exit status, 0, or 128 + the signal that stopped the run. Raises ValueError for what the user can
-    put right.
+    Returns the exit status: 0, or 128 + the signal that stopped the run. Raises ValueError for what the user
+    can put right.
     """
     args = parse_args(argv)
     system = make_system(args)
@@ -1373,7 +1364,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
             all_sum(0)
     if history:
-        print(f"finished: {in_words(history)}; {output}/best.pt was chosen on val itself")
+        print(f"finished: {output}/best.pt has the best weights (the EMA's), chosen on val itself")
         return 0
     name = signal.Signals(signals[0]).name if signals else "a signal to another process"
     print(f"stopped by {name}: the same command resumes from {output}/last.pt")

@@ -182,9 +182,7 @@ def test_dry_run_prints_the_published_runs(model, size, capsys, monkeypatch, tmp
     expected |= {"total_steps": steps * recipe["epochs"]}
     for name, value in expected.items():
         assert re.search(rf"^{name} +{value}$", text, re.MULTILINE), name
-    assert re.search(
-        rf"^batch_size +{batch} = 1 device\(s\) x {micro} images x {batch // micro} ", text, re.MULTILINE
-    )
+    assert re.search(rf"^batch_size +{batch} = 1 x {micro} x {batch // micro} ", text, re.MULTILINE)
     eight = ftclip.resolve(recipe, {}, 1_281_167, devices=8)
     assert (eight.micro_batch_size, eight.accumulation) == (micro, batch // micro // 8)
     layers = {"ViT-B-16": 12, "ViT-L-14": 24}[model]
@@ -1570,7 +1568,7 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
     public = {n.name for n in ast.parse(above).body if isinstance(n, kinds)}
     # What belongs to a run of this program: it takes its plan and system.
     run = {"nearest_recipe", "resolve", "augment_on_device", "start_loader", "train_batches", "val_batches"}
-    run |= {"all_sum", "start_or_resume", "distribute", "checked_losses", "train"}
+    run |= {"all_sum", "prepare", "checked_losses", "train"}
     assert public - run == uses.keys()
     for name, use in uses.items():
         use(cut_out(*together.get(name, (name,)))[name])
