@@ -111,13 +111,6 @@ DEMO = {"pretrained": "none", "freeze_patch_embed": False, "layer_decay": 1.0, "
 DEMO |= {"epochs": 12, "warmup_epochs": 1, "crop_scale": 0.5}
 
 
-def nearest_recipe(name: str, layers: int, image_size: int) -> tuple[str, int]:
-    """The key in RECIPES of this model, or else of the nearest: first by depth, then by image size."""
-    if name not in {model for model, _ in RECIPES}:
-        name = "ViT-L-14" if layers > 12 else "ViT-B-16"
-    return min((key for key in RECIPES if key[0] == name), key=lambda key: abs(key[1] - image_size))
-
-
 def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tuple:
     """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes it later.
 
@@ -171,11 +164,8 @@ class CLIPClassifier(nn.Module):
 
     The class token takes part in attention and is then dropped; CLIP's own last norm and projection are not
     used. The head starts 1000 times smaller than usual, so that the first predictions are uniform.
+    `trunk` is open_clip's VisionTransformer, which is changed to return all tokens.
     Source: official models/finetune_clip.py:167-175, 230-231.
-
-    Args:
-        trunk: open_clip's VisionTransformer, which is changed to return all tokens.
-        num_classes: size of the output.
     """
 
     def __init__(self, trunk: nn.Module, num_classes: int) -> None:
@@ -1059,14 +1049,14 @@ def train(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; None where one was not given. A flag that makes no sense is a ValueError."""
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage="ftclip.py [flags]", description=__doc__, formatter_class=kind)
-
-    def fail(message: str) -> None:
-        raise ValueError(f"{message} (--help lists all flags)")
-
-    parser.error, add, on, switch = fail, parser.add_argument, "store_true", argparse.BooleanOptionalAction
+    """The flags; None where one was not given. One that makes no sense ends the program with a sentence."""
+    how = {
+        "prog": "ftclip",
+        "usage": argparse.SUPPRESS,
+        "description": __doc__,
+    }  # no usage line above an error
+    parser = argparse.ArgumentParser(**how, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, on, switch = parser.add_argument, "store_true", argparse.BooleanOptionalAction
     add("--model", default="ViT-B-16", help="open_clip ViT, or a model-config JSON such as open_clip's")
     add("--data", help="folder with train/<class>/* and val/<class>/* (default imagenet)")
     add("--output", help="folder for last.pt, best.pt and metrics.jsonl (default runs/MODEL-SIZE)")
@@ -1088,9 +1078,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, (_, least, most, _) in SETTINGS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:  # NaN is neither
-            fail(f"argument --{name.replace('_', '-')}: {value:g} is not from {least:g} to {most:g}")
+            parser.error(f"argument --{name.replace('_', '-')}: {value:g} is not from {least:g} to {most:g}")
     if args.eval != bool(args.checkpoint):
-        fail("--eval and --checkpoint FILE go together")
+        parser.error("--eval and --checkpoint FILE go together: give both or none")
     return args
 
 
@@ -1183,7 +1173,10 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     if args.demo and absent and not args.dry_run and system.rank == 0:
         draw_demo(Path(data))
     all_sum(0)  # the others wait for the images
-    key = nearest_recipe(name, config["vision_cfg"]["layers"], size)
+    # The paper's recipe of this model, or of the nearest one: first by depth, then by image size.
+    known, deep = {model for model, _ in RECIPES}, config["vision_cfg"]["layers"] > 12
+    like = name if name in known else "ViT-L-14" if deep else "ViT-B-16"
+    key = min((key for key in RECIPES if key[0] == like), key=lambda key: abs(key[1] - size))
     recipe = RECIPES[key] | (DEMO if args.demo else {})
     given = {flag: value for flag, value in vars(args).items() if flag in recipe and value is not None}
     given |= {"recipe": key, "name": name, "model": config, "image_size": size}
@@ -1209,13 +1202,11 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> str:
     )
     groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
     gpu = torch.cuda.get_device_name() if system.device.type == "cuda" else "CPU"
-    paper = RECIPES[plan.recipe]
+    chain = f"{system.world} device(s) x {plan.micro_batch_size} images x {plan.accumulation} step(s)"
     lines = plan._asdict() | {
-        "quick_gelu": model.config["quick_gelu"],
-        "batch_size": f"{plan.batch_size} = {system.world} x {plan.micro_batch_size} x {plan.accumulation} "
-        "(devices x micro-batch size x accumulation)",
-        "lr": f"{plan.lr:.6g} (recipe: {paper['lr']:g} for {paper['batch_size']})",
-        "lr of the layers": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)),
+        "batch_size": f"{plan.batch_size} = {chain}",
+        "lr": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)) + " from embeddings to head",
+        "activation": "QuickGELU" if model.config["quick_gelu"] else "GELU",
         "parameters": f"{trained:,} of {total:,} are trained",
         "device": f"{gpu}, autocast {system.amp_dtype}",
     }
@@ -1332,12 +1323,12 @@ def main(argv: list[str] | None = None) -> int:
         evaluate_checkpoint(args, system)
         return 0
     plan, data_sets, output = plan_of(args, system)
-    tuning = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
-    tuning = {key: getattr(plan, key) for key in tuning} | {"grad_checkpointing": args.grad_checkpointing}
+    shared = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
+    shared = {key: getattr(plan, key) for key in shared} | {"grad_checkpointing": args.grad_checkpointing}
     start = {"model": DEMO_MODEL if args.demo else args.model, "pretrained": plan.pretrained}
     if args.dry_run:
         with torch.device("meta"):  # shapes without numbers: no time, no memory
-            print(describe(plan, system, build_model(**start, **tuning)))
+            print(describe(plan, system, build_model(**start, **shared)))
         return 0
 
     with noted_signals() as signals:
@@ -1346,7 +1337,7 @@ def main(argv: list[str] | None = None) -> int:
         state = read_last(output, config)
         torch.manual_seed(plan.seed)
         start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
-        classifier = build_model(**start, **tuning).to(system.device)
+        classifier = build_model(**start, **shared).to(system.device)
         step = state["step"] if state else 0
         print(
             describe(plan, system, classifier) + f"\nresumed from {output}/last.pt, step {step}" * bool(state)
@@ -1375,8 +1366,8 @@ def run() -> int:
     """main(), with what a user can put right as one sentence on stderr; the exit status."""
     try:
         return main()
-    except SystemExit as stop:  # --help
-        return stop.code or 0
+    except SystemExit as stop:  # argparse's
+        return stop.code
     except KeyboardInterrupt:  # outside training, where there is nothing to save
         return 128 + signal.SIGINT
     except Exception as caught:  # noqa: BLE001
