@@ -15,9 +15,8 @@ augmentation do it.
 Data lie as ImageNet does: DIR/train/<class>/* and DIR/val/<class>/*. A run keeps last.pt (all it needs to
 resume), best.pt (the best weights, for use) and metrics.jsonl in --output; the same command again resumes it.
 
-The file reads in the order in which data meet it: recipes, model, optimization, augmentation, data, training;
-below "the program" there is only plumbing. `train` is the loop. "Official" is the paper's code,
-github.com/LightDXY/FT-CLIP at commit 3f9cefa.
+From top to bottom: recipes, model, optimization, augmentation, data, training with its loop, `train`; below "the
+program" flags become a run. "Official" is the paper's code, github.com/LightDXY/FT-CLIP at commit 3f9cefa.
 """
 
 import argparse
@@ -60,17 +59,17 @@ from tqdm import tqdm
 SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; greatest; meaning)
     "epochs": (None, 1, 10**6, "passes over the training images"),
     "warmup_epochs": (None, 0.0, 1e6, "with lr rising from 0 (default: the recipe's share)"),
-    "batch_size": (None, 1, 10**9, "images per optimizer step, over all devices (default: less on few)"),
+    "batch_size": (None, 1, 10**9, "images per optimizer step, on all devices (default: to fit the data)"),
     "micro_batch_size": (None, 1, 10**9, "images per device at once: lower it to fit"),
     "lr": (None, 1e-12, 1e3, "of the head, literal (default: scaled by the batch)"),
-    "min_lr": (1e-6, 0.0, 1e3, "of the head at the end; that of a layer below is smaller, like its lr"),
+    "min_lr": (1e-6, 0.0, 1e3, "of the head at the end, literal (default: scaled like lr)"),
     "layer_decay": (None, 1e-3, 1.0, "lr of a layer over that of the one above it, 1 is off"),
     "weight_decay": (0.05, 0.0, 1e3, "of AdamW, 0 is off"),
     "ema_decay": (
         0.9998,
         0.0,
         0.999999,
-        "remembers 1 / (1 − decay) steps, 0 is off (default: less in a short run)",
+        "of the average of weights, 0 is off (default: less in a short run)",
     ),
     "clip_grad": (0.0, 0.0, 1e9, "greatest norm of the gradient, 0 is off"),
     "label_smoothing": (0.1, 0.0, 0.99, "0 is off"),
@@ -80,7 +79,7 @@ SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; gr
     "randaug": (9.0, 0.0, 10.0, "mean magnitude of RandAugment, 0 is off"),
     "random_erasing": (0.25, 0.0, 1.0, "probability of a box of noise, 0 is off"),
     "crop_scale": (0.08, 1e-4, 1.0, "least area of the random crop, as a share of the image"),
-    "train_blocks": (None, 0, 999, "tune the last K, 0: linear probing (default: all, and the embeddings)"),
+    "train_blocks": (None, 0, 999, "tune the last K, 0: linear probing (default: all, and embeddings)"),
     "image_size": (None, 1, 8192, "pixels; positions are resized (default: the model's)"),
     "eval_every": (1, 1, 10**6, "epochs; the last is always evaluated"),
     "save_every": (0, 0, 10**9, "steps between saves of last.pt, 0: an epoch"),
@@ -115,27 +114,28 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes it later.
 
     What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
-    leaves 32 steps an epoch; lr belongs to a batch and scales with it, as warm-up to a number of epochs; the
-    EMA remembers a third of the run at most; the micro-batch is the largest up to the recipe's that divides.
-    Returns a named tuple; raises ValueError for numbers that do not go together.
+    leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with it, as warm-up
+    to a number of epochs; the EMA remembers a third of the run at most; the micro-batch is the largest up to
+    the recipe's that divides. Returns a named tuple; raises ValueError for numbers that do not go together.
 
     Args:
         recipe: one of RECIPES.
         given: values for the recipe's names; other names pass through.
         devices: number of processes; batch_size = devices · micro_batch_size · accumulation.
     """
-    fits = num_images >= 32 * recipe["batch_size"]
-    batch = recipe["batch_size"] if fits else 2 ** int(math.log2(max(1, num_images // 32)))
-    plan = recipe | {"batch_size": batch} | given
-    batch, larger = plan["batch_size"], plan["batch_size"] / recipe["batch_size"]
-    plan |= {key: recipe[key] * larger for key in ("lr", "min_lr")}
-    plan |= {"warmup_epochs": recipe["warmup_epochs"] * plan["epochs"] / recipe["epochs"]} | given
+    batch, few = recipe["batch_size"], num_images < 32 * recipe["batch_size"]
+    batch = 2 ** int(math.log2(max(1, num_images // 32))) if few else batch
+    batch = given.get("batch_size", max(1, batch // devices) * devices)
+    ratio, longer = batch / recipe["batch_size"], given.get("epochs", recipe["epochs"]) / recipe["epochs"]
+    plan = recipe | {"batch_size": batch, "lr": recipe["lr"] * ratio, "min_lr": recipe["min_lr"] * ratio}
+    warmup = recipe["warmup_epochs"] * longer
+    plan |= {"warmup_epochs": warmup} | given  # what is given wins over what is scaled
     unit = devices * given.get("micro_batch_size", 1)
     if batch > num_images:
         raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
     if batch % unit:
         chain = f"{devices} device(s) x {unit // devices} image(s)"
-        near = f"{batch // unit * unit or unit} or {(batch // unit + 1) * unit}"
+        near = f"{max(1, batch // unit) * unit} or {(max(1, batch // unit) + 1) * unit}"
         raise ValueError(f"--batch-size {batch} is not a multiple of {chain}: try {near}")
     if plan["min_lr"] > plan["lr"]:
         raise ValueError(f"--min-lr {plan['min_lr']:g} is above --lr {plan['lr']:g}: lower it")
@@ -428,10 +428,12 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
     and so has the next, the first of the cosine. After the last step it is min_lr. lr and min_lr are the
     head's; a group's own are these times its lr_scale. Source: official utils.py:407-424.
     """
+    if step >= total_steps:
+        return min_lr
     if step < warmup_steps:
         peak = max(1, warmup_steps - 1)
         return lr * min(step, peak) / peak
-    progress = (min(step, total_steps) - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * progress))
 
 
@@ -499,7 +501,7 @@ class RandAugment:
 
     def __init__(self, magnitude: float, std: float, num_ops: int, probability: float, fill: tuple) -> None:
         self.magnitude, self.std, self.num_ops, self.probability = magnitude, std, num_ops, probability
-        self.fill = fill
+        self.fill = tuple(round(value) for value in fill)
 
     def __call__(self, image: Image.Image, rng: random.Random = random) -> Image.Image:
         """The image, augmented or as it was. All chance comes from rng, a random.Random or that module."""
@@ -596,7 +598,7 @@ def train_transform(
 def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
     """The short side resized to image_size, bicubic, and the middle square (official datasets.py:76-84).
 
-    From uint8 (3, H, W), or a Pillow image of any mode, to uint8 (3, image_size, image_size).
+    From uint8 (3, H, W), or a Pillow image of 8 bits, to uint8 (3, image_size, image_size).
     """
     if isinstance(image, Image.Image):
         image = v2.functional.pil_to_tensor(image.convert("RGB"))
@@ -631,8 +633,8 @@ def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
 
     torchvision decodes JPEG, twice as fast as Pillow, which reads all else (and JPEG too, once torchvision
-    has dropped its decoders, as 0.29 announces). torchvision 0.29.2 can crash at a damaged PNG.
-    What is no whole image is a ValueError.
+    has dropped its decoders, as 0.29 announces). torchvision 0.29.2 can crash at a damaged PNG. EXIF rotation
+    is ignored. What is no whole image is a ValueError.
     """
     try:
         with open(path, "rb") as file:
@@ -712,7 +714,8 @@ class MicroBatches(Sampler):
 
     An epoch is one shuffle of all images, from (seed, epoch), cut into global batches; the rest is dropped
     (official run_class_finetuning.py:431). Each global batch is cut into micro-batches in one order, whatever
-    the number of processes among which they are then shared. One that can't be cut so is a ValueError.
+    the number of processes among which they are then shared. One that can't be cut so is a ValueError. It is
+    a DataLoader's batch_sampler; as steps go on from epoch to epoch, one loader serves the whole run.
 
     Args:
         batch_size: images of a global batch, a multiple of micro_batch_size · world.
@@ -808,7 +811,7 @@ def train_step(
         model: plain or in DistributedDataParallel, which then exchanges gradients once; put in training mode.
         micro_batches: an iterator, from which the next ones are taken, on the device: (images (N, 3, S, S),
             labels (N,) or probabilities (N, num_classes)).
-        scaler: keeps fp16 gradients from vanishing and skips the step if they overflow; disabled otherwise.
+        scaler: keeps fp16 gradients from vanishing and skips the step if they overflow; enabled=False otherwise.
         amp_dtype: of autocast, or None for float32 throughout.
         clip_grad: largest norm of the gradient, or 0.
     """
@@ -825,7 +828,7 @@ def train_step(
                 loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing) / accumulation
             scaler.scale(loss).backward()
         total = total + loss.detach()
-    if clip_grad:
+    if clip_grad > 0:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
     scaler.step(optimizer)
@@ -836,7 +839,7 @@ def train_step(
 def all_sum(value: int | Tensor) -> Tensor:
     """The sum over all processes, into the tensor; where it is on the CPU, no GPU is waited for."""
     tensor = torch.as_tensor(value)
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
@@ -874,20 +877,22 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.d
 def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 2") -> None:
     """Write beside, then rename: under this name there is the old file or the new one, never half of one.
 
-    What cannot be written is a ValueError.
+    The state may hold tensors and plain values (no NumPy, no paths). What cannot be written is a ValueError.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # its own, whoever else may write
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save({"format": format} | state, file)
+            torch.save(state | {"format": format}, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         reason = str(error.__context__ or error).split("\n")[0]  # the disk's, of torch's writer
         old = "; the older one is whole" if path.exists() else ""
         raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere{old}") from None
@@ -927,9 +932,9 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
     model.load_state_dict(state.get("ema") or state["model"])
-    size = functools.partial(eval_transform, image_size=state["model_config"]["vision_cfg"]["image_size"])
-    colour = functools.partial(normalize, mean=state["mean"], std=state["std"])
-    return model.eval().to(device), state["classes"], v2.Compose([size, colour])
+    crop = functools.partial(eval_transform, image_size=model.config["vision_cfg"]["image_size"])
+    transform = v2.Compose([crop, functools.partial(normalize, mean=state["mean"], std=state["std"])])
+    return model.eval().to(device), state["classes"], transform
 
 
 def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict | None) -> tuple:
@@ -1045,17 +1050,13 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------- the program
-# From here on, nothing changes what a run computes: flags, what is printed, what is refused.
+# What a run computes is all above. Here flags become a plan; the rest is what is printed, refused and survived.
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; None where one was not given. One that makes no sense ends the program with a sentence."""
-    how = {
-        "prog": "ftclip",
-        "usage": argparse.SUPPRESS,
-        "description": __doc__,
-    }  # no usage line above an error
-    parser = argparse.ArgumentParser(**how, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = {"prog": "ftclip", "usage": argparse.SUPPRESS, "description": __doc__}  # no usage above errors
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on, switch = parser.add_argument, "store_true", argparse.BooleanOptionalAction
     add("--model", default="ViT-B-16", help="open_clip ViT, or a model-config JSON such as open_clip's")
     add("--data", help="folder with train/<class>/* and val/<class>/* (default imagenet)")
@@ -1087,7 +1088,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_system(args: argparse.Namespace) -> System:
     """Device, precision and so on, by the flags and torchrun, whose processes are joined."""
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
-    rank, world, local, beside, restarts = (int(os.environ.get(key, key.endswith("SIZE"))) for key in keys)
+    env = [int(os.environ.get(key, key.endswith("SIZE"))) for key in keys]  # 0, or 1 for a size
+    rank, world, local, local_world, restarts = env
     cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
     if cuda and local >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} GPUs (torch {torch.__version__})"
@@ -1108,7 +1110,7 @@ def make_system(args: argparse.Namespace) -> System:
     amp = args.amp or ("bf16" if bf16 else "fp16" if cuda else "none")
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, cores // beside) if args.workers is None else args.workers
+    workers = max(1, cores // local_world) if args.workers is None else args.workers
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return System(rank, world, device, amp_dtype, workers, args.compile)
 
@@ -1147,7 +1149,7 @@ def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
     crop = {key: values[key] for key in ("image_size", "crop_scale", "crop_aspect")}
     if values["randaug"]:
         ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
-        crop["augment"] = RandAugment(*ops, fill=tuple(round(255 * mean) for mean in CLIP_MEAN))
+        crop["augment"] = RandAugment(*ops, fill=tuple(255 * mean for mean in CLIP_MEAN))
     erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
     augment = functools.partial(train_transform, **crop)
     middle = functools.partial(eval_transform, image_size=values["image_size"])
@@ -1185,11 +1187,8 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
         given["num_classes"], given["num_images"] = demo if args.demo else (1000, 1_281_167)
     else:
         train_set, val_set = data_sets = open_data(data, recipe | given)
-        given |= {
-            "num_classes": len(train_set.classes),
-            "num_images": len(train_set),
-            "num_val": len(val_set),
-        }
+        given |= {"num_classes": len(train_set.classes), "num_images": len(train_set)}
+        given["num_val"] = len(val_set)
         names = "\n".join(path[len(data) :] for path, _ in train_set.samples + val_set.samples)
         given["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
     return resolve(recipe, given, given["num_images"], system.world), data_sets, output
@@ -1197,17 +1196,18 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
 
 def describe(plan: tuple, system: System, model: CLIPClassifier) -> str:
     """The resolved run, a line for each value."""
-    total, trained = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad >= x) for x in (False, True)
-    )
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
     gpu = torch.cuda.get_device_name() if system.device.type == "cuda" else "CPU"
     chain = f"{system.world} device(s) x {plan.micro_batch_size} images x {plan.accumulation} step(s)"
+    paper = RECIPES[plan.recipe]
+    an_epoch = f"{plan.num_images / paper['batch_size']:.1f} an epoch"
     lines = plan._asdict() | {
+        "recipe": f"{plan.recipe}: lr {paper['lr']:g} for a batch of {paper['batch_size']}, {an_epoch}",
         "batch_size": f"{plan.batch_size} = {chain}",
         "lr": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)) + " from embeddings to head",
         "activation": "QuickGELU" if model.config["quick_gelu"] else "GELU",
-        "parameters": f"{trained:,} of {total:,} are trained",
+        "parameters": f"{sum(n for n, on in sizes if on):,} of {sum(n for n, _ in sizes):,} are trained",
         "device": f"{gpu}, autocast {system.amp_dtype}",
     }
     return "\n".join(f"{name:<20} {value}" for name, value in lines.items())
@@ -1250,7 +1250,7 @@ class Monitor:
         for name in [name for name in ("raw_top1", "ema_top1") if name in record]:
             best = max((past for past in history if name in past), key=lambda past: past[name])
             text += (
-                f"  {name[:3]} top-1 {record[name]:.2f} % (best {best[name]:.2f} %, epoch {best['epoch']})"
+                f"  {name[:3]} top-1 {record[name]:.2f} %, best {best[name]:.2f} % (epoch {best['epoch']})"
             )
         tqdm.write(text)
         if self.system.rank == 0:
@@ -1286,7 +1286,7 @@ def noted_signals() -> Iterator[list[int]]:
     def note(number: int, _) -> None:
         noted.append(number)
         with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
-            os.write(2, b"\nftclip: stopping when this step is done and saved\n" * (len(noted) == 1))
+            os.write(2, b"\nftclip: stopping as soon as all is saved\n" * (len(noted) == 1))
 
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
     old = {number: signal.signal(number, note) for number in heard}
@@ -1339,9 +1339,8 @@ def main(argv: list[str] | None = None) -> int:
         start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
         classifier = build_model(**start, **shared).to(system.device)
         step = state["step"] if state else 0
-        print(
-            describe(plan, system, classifier) + f"\nresumed from {output}/last.pt, step {step}" * bool(state)
-        )
+        resumed = f"\nresumed from {output}/last.pt, step {step}" if state else ""
+        print(describe(plan, system, classifier) + resumed)
         head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
         head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
@@ -1355,7 +1354,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
             all_sum(0)
     if history:
-        print(f"finished: {output}/best.pt has the best weights (the EMA's), chosen on val itself")
+        print(f"finished: {output}/best.pt has the best weights, chosen on val itself")
         return 0
     name = signal.Signals(signals[0]).name if signals else "a signal to another process"
     print(f"stopped by {name}: the same command resumes from {output}/last.pt")
