@@ -15,8 +15,8 @@ augmentation do it.
 Data lie as ImageNet does: DIR/train/<class>/* and DIR/val/<class>/*. A run keeps last.pt (all it needs to
 resume), best.pt (the best weights, for use) and metrics.jsonl in --output; the same command again resumes it.
 
-From top to bottom: recipes, model, optimization, augmentation, data, training with its loop, `train`; below "the
-program" flags become a run. "Official" is the paper's code, github.com/LightDXY/FT-CLIP at commit 3f9cefa.
+Read it from top to bottom: recipes, model, optimization, augmentation, data, training with its loop, `train`;
+below "the program" flags become a run. "Official" is the paper's code, github.com/LightDXY/FT-CLIP at 3f9cefa.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes it later.
 
     What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
-    leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with it, as warm-up
+    leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with it, warm-up
     to a number of epochs; the EMA remembers a third of the run at most; the micro-batch is the largest up to
     the recipe's that divides. Returns a named tuple; raises ValueError for numbers that do not go together.
 
@@ -221,7 +221,7 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     torch.device("meta") nothing is downloaded or read, and the weights are empty.
 
     Returns weights by the tower's parameter names, and what open_clip knows of the tag, True for OpenAI's
-    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, or it can't be
+    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, if it can't be
     had or read, or holds no CLIP ViT.
     """
     import open_clip
@@ -619,7 +619,7 @@ def augment_on_device(
 ) -> tuple[Tensor, Tensor]:
     """What happens to a micro-batch on the device: normalised, erased, mixed (by one of mixes, if there are).
 
-    From uint8 (N, 3, S, S), boxes (N, 4), labels (N,) to float32 images and labels, (N, num_classes) if mixed.
+    From uint8 (N, 3, S, S), boxes (N, 4), labels (N,) to float32 images, labels (N, num_classes) if mixed.
     """
     images = normalize(images.to(device, non_blocking=True), CLIP_MEAN, CLIP_STD)
     images, labels = erasing(images, boxes.tolist()), labels.to(device, non_blocking=True)
@@ -651,15 +651,12 @@ def read_image(path: str | os.PathLike) -> Tensor:
         raise ValueError(f"cannot read image {path} ({error}): repair or replace it") from None
 
 
-class FolderDataset(Dataset):
+class FolderDataset(torchvision.datasets.ImageFolder):
     """ROOT/<class>/*, in which a training sample is the same pixels in any process, worker, or restart.
 
     Key (epoch, index) gives (image, box to erase (4,), label); all chance comes from (seed, epoch, index).
-    Key index gives (image, label), for evaluation.
-
-    `classes` are the folders' names, sorted; `samples` are (path, label), a label being a place in classes;
-    `left_out` are files that are no images by their names. Raises ValueError for no class folder, no image in
-    a class, a folder that cannot be read or is reached twice.
+    Key index gives (image, label), for evaluation. `left_out` are files that are no images by their names.
+    Raises ValueError for a folder that cannot be read or is reached twice, and for a class without images.
 
     Args:
         load: path → uint8 (3, H, W).
@@ -670,42 +667,32 @@ class FolderDataset(Dataset):
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
     def __init__(self, root: str, load: Callable, transform: Callable, box=None, seed: int = 0) -> None:
-        self.load, self.transform, self.box, self.seed = load, transform, box, seed
-        folders = sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else []
-        self.classes = [entry.name for entry in folders if entry.is_dir()]
-        if not self.classes:
-            way = "--data DIR needs DIR/train/<class>/ and DIR/val/<class>/ (sort ImageNet's flat val first)"
-            raise ValueError(f"no class folders in {root}: {way}")
+        self.box, self.seed, self.left_out, reached = box, seed, [], {}
 
         def refuse(error: OSError) -> None:  # else the folder would be left out in silence
-            raise ValueError(f"cannot read {error.filename} ({error.strerror}): let it be read, or remove it")
+            raise error
 
-        self.samples, self.left_out, reached = [], [], {}
-        for label, name in enumerate(self.classes):
-            paths, before = [], len(self.samples)
-            for folder, _, files in os.walk(os.path.join(root, name), onerror=refuse, followlinks=True):
+        def is_image(path: str) -> bool:
+            return path.lower().endswith(self.IMAGES)
+
+        try:
+            for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
                 other = reached.setdefault(os.path.realpath(folder), folder)
                 if other != folder:  # its images would count twice, or in the wrong class
                     raise ValueError(f"{folder} and {other} are one folder: remove the link between them")
-                paths += [os.path.join(folder, file) for file in files]
-            for path in sorted(paths, key=os.path.split):
-                is_image = path.lower().endswith(self.IMAGES)
-                self.samples += [(path, label)] if is_image else []
-                self.left_out += [] if is_image else [path]
-            if len(self.samples) == before:
-                raise ValueError(f"no images in class {name} of {root}: fill or remove it")
-
-    def __len__(self) -> int:
-        return len(self.samples)
+                self.left_out += [os.path.join(folder, file) for file in files if not is_image(file)]
+            super().__init__(root, transform, loader=load, is_valid_file=is_image)
+        except OSError as error:
+            reason, way = str(error).rstrip(". \n"), "it needs readable images in a folder for each class"
+            raise ValueError(f"cannot use {root} ({reason}): {way}") from None
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
         if isinstance(key, int):
-            path, label = self.samples[key]
-            return self.transform(self.load(path)), label
+            return super().__getitem__(key)
         epoch, index = key
         path, label = self.samples[index]
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        image = self.transform(self.load(path), rng)
+        image = self.transform(self.loader(path), rng)
         return image, torch.tensor(self.box(*image.shape[1:], rng)), label
 
 
@@ -762,7 +749,7 @@ def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, timed: Callable) -> Iterator:
+def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, monitor: "Monitor") -> Iterator:
     """This process's micro-batches for train_step, from optimizer step `first` on.
 
     Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global
@@ -773,10 +760,12 @@ def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, tim
     mixes += [v2.CutMix(alpha=plan.cutmix, num_classes=plan.num_classes)] if plan.cutmix else []
     steps, sizes = range(first, plan.total_steps), (plan.num_images, plan.batch_size, plan.micro_batch_size)
     keys = MicroBatches(*sizes, steps, plan.seed, system.rank, system.world)
-    samples = timed(start_loader(dataset, system, batch_sampler=keys))
+    samples = start_loader(dataset, system, batch_sampler=keys)
     for step in steps:
         for place in range(system.rank * plan.accumulation, (system.rank + 1) * plan.accumulation):
+            began = time.perf_counter()
             images, boxes, labels = next(samples)
+            monitor.waited += time.perf_counter() - began
             torch.manual_seed(random.Random(f"{plan.seed}/{step}/{place}").getrandbits(63))
             yield augment_on_device(images, boxes, labels, system.device, erasing, mixes)
 
@@ -811,7 +800,7 @@ def train_step(
         model: plain or in DistributedDataParallel, which then exchanges gradients once; put in training mode.
         micro_batches: an iterator, from which the next ones are taken, on the device: (images (N, 3, S, S),
             labels (N,) or probabilities (N, num_classes)).
-        scaler: keeps fp16 gradients from vanishing and skips the step if they overflow; enabled=False otherwise.
+        scaler: keeps fp16 gradients from vanishing, skips the step if they overflow; enabled=False otherwise.
         amp_dtype: of autocast, or None for float32 throughout.
         clip_grad: largest norm of the gradient, or 0.
     """
@@ -1001,10 +990,8 @@ def train(
     models = {"raw": classifier} | ({"ema": ema.module} if ema else {})
     top1 = "ema_top1" if ema else "raw_top1"  # by which the best weights are chosen
     first, history, losses = progress["step"], progress["history"], []
-    batches = train_batches(plan, system, data_sets[0], first, monitor.timed)
-
-    def save_last() -> None:
-        save("last.pt", {name: part.state_dict() for name, part in parts.items()} | progress)
+    batches = train_batches(plan, system, data_sets[0], first, monitor)
+    save_last = lambda: save("last.pt", {name: parts[name].state_dict() for name in parts} | progress)
 
     for epoch in range(len(history), plan.epochs):
         end = (epoch + 1) * plan.steps_per_epoch
@@ -1050,7 +1037,7 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------- the program
-# What a run computes is all above. Here flags become a plan; the rest is what is printed, refused and survived.
+# What a run computes is all above. Here flags become a plan; the rest is what is printed and refused.
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1222,14 +1209,6 @@ class Monitor:
         self.bar = tqdm(total=plan.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
         self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data since then
 
-    def timed(self, samples: Iterator) -> Iterator:
-        """The samples; the time for which they are waited for is added up."""
-        began = time.perf_counter()
-        for sample in samples:
-            self.waited += time.perf_counter() - began
-            yield sample
-            began = time.perf_counter()
-
     def report(self, step: int, steps: int, loss: float, lr: float) -> None:
         """Loss and lr of the last of some steps, and how fast they were."""
         seconds, device = time.perf_counter() - self.since, self.system.device
@@ -1247,11 +1226,9 @@ class Monitor:
         """The last record and the best, in words; the plan and all records in metrics.jsonl."""
         record = history[-1]
         text = f"epoch {record['epoch']}/{self.plan.epochs}  train loss {record['train_loss']:.4f}"
-        for name in [name for name in ("raw_top1", "ema_top1") if name in record]:
-            best = max((past for past in history if name in past), key=lambda past: past[name])
-            text += (
-                f"  {name[:3]} top-1 {record[name]:.2f} %, best {best[name]:.2f} % (epoch {best['epoch']})"
-            )
+        for key in [key for key in ("raw_top1", "ema_top1") if key in record]:
+            best = max((past for past in history if key in past), key=lambda past: past[key])
+            text += f"  {key[:3]} top-1 {record[key]:.2f} % (best {best[key]:.2f} %, epoch {best['epoch']})"
         tqdm.write(text)
         if self.system.rank == 0:
             lines = ({"config": self.plan._asdict()}, *history)
