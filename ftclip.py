@@ -972,7 +972,8 @@ def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict
         progress = {name: state[name] for name in progress}
     model = torch.compile(classifier) if system.compile else classifier
     if dist.is_initialized():
-        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        ids = [device] if device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
         # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three or more
         # processes. It is made to do so here, or the first step after a restart would be rounded differently.
         images = torch.zeros(plan.micro_batch_size, 3, plan.image_size, plan.image_size, device=device)

@@ -1614,11 +1614,25 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
 def test_commands_in_the_documents_are_understood():
     text = "\n".join((HERE / name).read_text() for name in ("README.md", "recipes.md", "ftclip.py"))
     commands = re.findall(r"(?:python|torchrun .*) ftclip\.py ?([^`#\n|]*)", text)
-    assert len(commands) > 15
-    commands += re.findall(r"\| `(--[^`]+)` \|$", (HERE / "recipes.md").read_text(), re.MULTILINE)
-    assert commands[-1] == "--image-size 384"
+    assert len(commands) >= 15
     for command in commands:
         ftclip.parse_args(shlex.split(command))
+
+
+def test_every_row_of_the_recipes_runs_dry_and_changes_what_it_names(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rows = re.findall(r"\| `(--[^`]+)` \|$", (HERE / "recipes.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for row in dict.fromkeys(rows):
+        flags = shlex.split(row)
+        assert ftclip.main([*flags, "--dry-run"]) == 0
+        printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        for flag, value in zip(flags, [*flags[1:], ""]):
+            name = flag[2:].replace("-", "_")
+            if name in ftclip.SETTINGS and name != "lr":
+                assert float(printed[name]) == float(value), row
+            elif flag == "--lr":
+                assert printed["lr"].split(" from ")[0].endswith(f"{float(value):.4e}"), row
 
 
 def test_import_is_silent_and_starts_nothing():
