@@ -1273,7 +1273,9 @@ def read_last(output: Path, config: dict) -> dict | None:
     state = load_checkpoint(last) if last.exists() else None
     if state is None and best.exists():
         raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
-    was = state.get("config", {}) if state else config
+    if state and "optimizer" not in state:
+        raise ValueError(f"{last} is a best.pt, with weights alone: replace it, or give another --output")
+    was = state["config"] if state else config
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
     if changes:
         way = "give its values to resume it, or another --output"

@@ -859,6 +859,14 @@ def test_a_broken_image_is_named(damage, kind, tmp_path):
         ftclip.read_image(tmp_path / "x.jpg")
 
 
+def test_what_a_decoder_says_is_a_wall_too(tmp_path):
+    photo(200, 200).save(tmp_path / "blank.avif")
+    head, mark, content = (tmp_path / "blank.avif").read_bytes().partition(b"mdat")
+    (tmp_path / "blank.avif").write_bytes(head + mark + bytes(len(content)))  # a RuntimeError of Pillow's
+    with pytest.raises(ValueError, match="cannot read image .*blank.avif"):
+        ftclip.read_image(tmp_path / "blank.avif")
+
+
 def test_images_are_told_by_their_names_and_other_files_are_counted(data, tmp_path):
     shutil.copytree(data / "train" / "ant", tmp_path / "ant")
     photo(9, 9).save(tmp_path / "ant" / "more.GIF")
@@ -1453,6 +1461,7 @@ WALLS = {  # what is wrong → what the sentence must name
     "--output {reference} --data {fewer}": r"of another run \(.*num_images 48 → 47",
     "--output {reference} --data {unseen}": r"of another run \(.*num_val 13 → 12",
     "--output {reference} --model {other}/tiny.json": r"of another run \(.*'layers': 3.* → .*'layers': 2",
+    "--output {other}": "last.pt is a best.pt",
     "--eval": "--checkpoint",
     "--eval --checkpoint {best}/best.pt --data {differ}": r"best.pt and .*val have other classes, such as \['moth', 'wasp'\]",
     "--eval --checkpoint {weights}": "has format None",
