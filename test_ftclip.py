@@ -7,6 +7,7 @@ import ast
 import collections
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -225,6 +226,7 @@ def test_what_is_not_given_follows_from_what_is():
         assert plan(images).lr == pytest.approx(6e-4 * batch / 2048)
     assert plan(1437).ema_decay == pytest.approx(1 - 3 / (50 * 44))  # a third of the run
     assert plan(1437, ema_decay=0.9).ema_decay == 0.9
+    assert (plan(devices=6).batch_size, plan(40, devices=8).batch_size) == (2046, 8)  # each device has as many
     assert plan(devices=8).accumulation == 1 and plan(micro_batch_size=64).accumulation == 32
     for wrong in ({"batch_size": 6}, {"micro_batch_size": 3}, {"min_lr": 1.0}, {"warmup_epochs": 50.0}):
         with pytest.raises(ValueError, match="--"):
@@ -909,6 +911,14 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
             key
         ]
 
+    augment = functools.partial(ftclip.train_transform, image_size=32, crop_scale=0.3, crop_aspect=ASPECT)
+    folder, box = str(data / "train"), PAPER_ERASING.sample
+    dataset = ftclip.FolderDataset(
+        folder, ftclip.read_image, functools.partial(augment, augment=PAPER_RANDAUGMENT), box
+    )
+    assert same(
+        pickle.loads(pickle.dumps(dataset))[2, 7], sample((2, 7))
+    )  # as workers that are not forked need it
     assert same(sample((2, 7)), sample((2, 7)))
     assert not same(sample((2, 7))[0], sample((3, 7))[0])
     assert not same(sample((2, 7))[0], sample((2, 7), seed=1)[0])
@@ -1088,6 +1098,7 @@ def test_a_run_leaves_what_readme_says(reference, data):
     )
     assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
     model, classes, transform = ftclip.load_classifier(reference / "best.pt")
+    transform = pickle.loads(pickle.dumps(transform))  # as a dataset that holds it must be
     assert classes == CLASSES and not model.training
     path = next((data / "val" / CLASSES[1]).iterdir())
     with Image.open(path) as file:
