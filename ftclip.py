@@ -285,10 +285,8 @@ class Attention(nn.MultiheadAttention):
 
     def forward(self, x: Tensor, *_, **__) -> tuple[Tensor, None]:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (N, tokens, 3 · width)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # (N, heads, tokens, head)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, tokens, head)
+        return self.out_proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)), None
 
 
 def speed_up(trunk: nn.Module) -> None:

@@ -226,7 +226,10 @@ def test_what_is_not_given_follows_from_what_is():
         assert plan(images).lr == pytest.approx(6e-4 * batch / 2048)
     assert plan(1437).ema_decay == pytest.approx(1 - 3 / (50 * 44))  # a third of the run
     assert plan(1437, ema_decay=0.9).ema_decay == 0.9
-    assert (plan(devices=6).batch_size, plan(40, devices=8).batch_size) == (2046, 8)  # each device has as many
+    assert (plan(devices=6).batch_size, plan(40, devices=8).batch_size) == (
+        2046,
+        8,
+    )  # each device has as many
     assert plan(devices=8).accumulation == 1 and plan(micro_batch_size=64).accumulation == 32
     for wrong in ({"batch_size": 6}, {"micro_batch_size": 3}, {"min_lr": 1.0}, {"warmup_epochs": 50.0}):
         with pytest.raises(ValueError, match="--"):
@@ -1346,6 +1349,29 @@ def test_a_signal_to_torchrun_ends_all_processes_with_their_state_saved(tiny, da
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs on a CPU")
+def test_a_compiled_run_follows_the_plain_one_and_resumes_bit_for_bit(
+    reference, tiny, data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    step, seen = ftclip.train_step, []
+
+    def stopping(*args):
+        seen.append(1)
+        if len(seen) == 9 + 5:  # in the second of three starts
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(ftclip, "train_step", stopping)
+    argv = flags(tiny, data, tmp_path / "run", "--compile", "--save-every", 2)
+    ftclip.main([*argv, "--output", str(tmp_path / "whole")])
+    with pytest.raises(KeyboardInterrupt):
+        ftclip.main(argv)
+    ftclip.main(argv)
+    assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    assert far(tmp_path / "whole", reference) < 1e-4  # and without a prefix in the weights' names
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(reference, tiny, data, tmp_path, monkeypatch):
