@@ -16,7 +16,7 @@ Data lie as ImageNet does: DIR/train/<class>/* and DIR/val/<class>/*. A run keep
 resume), best.pt (the best weights, for use) and metrics.jsonl in --output; the same command again resumes it.
 
 Read it from top to bottom: recipes, model, optimization, augmentation, data, training with its loop, `train`;
-below "the program" flags become a run. "Official" is the paper's code, github.com/LightDXY/FT-CLIP at 3f9cefa.
+below "the program" flags become a run. "Official" is the paper's code, github.com/LightDXY/FT-CLIP 3f9cefa.
 """
 
 import argparse
@@ -154,6 +154,8 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
 
 # How a run is computed. Unlike the plan, it may change when a run is resumed.
 System = namedtuple("System", "rank world device amp_dtype workers compile")
+LOG_EVERY = 20  # steps: to read a loss is to wait for the GPU
+STOP_SIGNALS = {1, 2, 15}  # SIGHUP (the terminal closes), SIGINT (Ctrl-C), SIGTERM (a scheduler, torchrun)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -221,8 +223,8 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     torch.device("meta") nothing is downloaded or read, and the weights are empty.
 
     Returns weights by the tower's parameter names, and what open_clip knows of the tag, True for OpenAI's
-    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, or it can't be
-    had or read, or holds no CLIP ViT.
+    archive, None (unknown) for another file. Raises ValueError if there is no such tag or file, or it cannot
+    be had or read, or holds no CLIP ViT.
     """
     import open_clip
 
@@ -502,10 +504,7 @@ class RandAugment:
     ToTensor; an image of another mode needs image.convert("RGB") first.
 
     Args:
-        magnitude: mean strength, 0 to 10; the paper's is 9.
-        std: standard deviation of the strength; 0.5.
-        num_ops: operations drawn for an image; 2.
-        probability: of applying an operation that was drawn; 0.5.
+        magnitude, std, num_ops, probability: of an operation, and how many are drawn; paper: 9, 0.5, 2, 0.5.
         fill: colour of what comes from outside the image, RGB from 0 to 255; 255 · CLIP_MEAN.
     """
 
@@ -762,9 +761,6 @@ class MicroBatches(Sampler):
                 yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
 
 
-STOP_SIGNALS = {1, 2, 15}  # SIGHUP (the terminal closes), SIGINT (Ctrl-C), SIGTERM (a scheduler, torchrun)
-
-
 def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
     """Batches from a DataLoader, whose workers are deaf to stop signals: the step in hand still needs them.
 
@@ -994,9 +990,6 @@ def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int
             way = "resume with --amp none, or start anew, with a lower --lr and another --output"
             raise ValueError(f"the {what} is {value} at step {i}; last.pt, if any, is from before it: {way}")
     return means
-
-
-LOG_EVERY = 20  # steps: to read a loss is to wait for the GPU
 
 
 def train(

@@ -1113,6 +1113,27 @@ def test_a_run_leaves_what_readme_says(reference, data):
     assert ftclip.load_checkpoint(reference / "best.pt")["record"]["ema_top1"] == best
 
 
+def test_best_pt_is_the_best_ema_epoch_and_the_first_step_is_saved(tiny, data, tmp_path, monkeypatch):
+    scores, first = iter([20.0, 40.0, 30.0]), []
+
+    def scored(models, *_):
+        assert list(models) == ["raw", "ema"]
+        return {"raw_top1": 99.0, "ema_top1": next(scores), "images": 13}
+
+    step = ftclip.train_step
+    monkeypatch.setattr(ftclip, "evaluate", scored)
+    monkeypatch.setattr(
+        ftclip,
+        "train_step",
+        lambda *args: first.append((tmp_path / "run" / "last.pt").exists()) or step(*args),
+    )
+    ftclip.main(flags(tiny, data, tmp_path / "run"))
+    assert first == [False] + [True] * 8
+    best, last = (ftclip.load_checkpoint(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+    assert best["record"]["epoch"] == 2 and not same(best["model"], last["ema"])
+    assert [record["ema_top1"] for record in last["history"]] == [20.0, 40.0, 30.0]
+
+
 @pytest.mark.parametrize("stop", [1, 4, 6])
 def test_a_run_goes_on_from_last_pt_bit_for_bit(stop, reference, tiny, data, tmp_path, monkeypatch):
     step, seen = ftclip.train_step, []
@@ -1404,6 +1425,19 @@ def test_two_processes_train_as_one_and_evaluate_every_image(reference, tiny, da
     assert scores[0] == scores[1]
 
 
+def test_processes_that_see_different_files_are_refused(reference, tiny, data, tmp_path):
+    """As without a shared file system: rank 1 sees another last.pt than rank 0."""
+    shutil.copytree(reference, tmp_path / "1")
+    script = tmp_path / "own_disks.py"
+    code = f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import ftclip\n"
+    code += f"sys.argv = ['ftclip.py', *{flags(tiny, data, tmp_path)!r}, '--output', {str(tmp_path)!r} + '/' + os.environ['RANK']]\n"
+    script.write_text(code + "os._exit(ftclip.run())\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode and "ftclip: not all processes see the same --data and" in done.stderr
+    assert not (tmp_path / "0").exists()
+
+
 def test_layouts_agree(tiny, data, tmp_path):
     """Without MixUp and drop path, which are drawn per micro-batch, its size makes no difference either."""
     for name, more in {"whole": "--micro-batch-size 16", "cut": "--micro-batch-size 2 --workers 2"}.items():
@@ -1679,6 +1713,17 @@ def test_every_row_of_the_recipes_runs_dry_and_changes_what_it_names(capsys, mon
                 assert float(printed[name]) == float(value), row
             elif flag == "--lr":
                 assert printed["lr"].split(" from ")[0].endswith(f"{float(value):.4e}"), row
+
+
+@pytest.mark.parametrize("what", ["loader", "step"])
+def test_the_speed_benchmark_starts_small(what, data):
+    """What it measures is not asserted."""
+    if what == "step" and torch.cuda.is_available():
+        pytest.skip("on a GPU it is measured, not tried")
+    small = f"{what} --data {shlex.quote(str(data))} --count 2 --rounds 1 --workers 0"
+    command = [sys.executable, str(HERE / "benchmarks" / "speed.py"), *shlex.split(small)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert re.search(r"^ftclip is [\d.]+ times as fast as timm$", done.stdout, re.MULTILINE)
 
 
 def test_import_is_silent_and_starts_nothing():

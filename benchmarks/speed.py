@@ -19,6 +19,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ftclip
@@ -79,6 +81,25 @@ def loader(args: argparse.Namespace) -> None:
     runs = {"decode alone": decode, "ftclip": sample, "timm": timms}
     compare(runs, args.rounds, len(keys), "images/s")
 
+    batch = min(32, len(ours))
+    steps = range(max(1, args.count // batch))
+
+    def end_to_end(dataset: Dataset, **options) -> None:
+        for _ in DataLoader(dataset, num_workers=args.workers, **options):
+            pass
+
+    index = Subset(
+        ImageFolder(f"{args.data}/train", theirs), [i % len(ours) for i in range(batch * len(steps))]
+    )
+    runs = {
+        "ftclip, DataLoader": lambda: end_to_end(
+            ours, batch_sampler=ftclip.MicroBatches(len(ours), batch, batch, steps)
+        ),
+        "timm, DataLoader": lambda: end_to_end(index, batch_size=batch),
+    }
+    print(f"with the start of {args.workers} workers, in batches of {batch}:")
+    compare(runs, args.rounds, batch * len(steps), "images/s")
+
 
 def step(args: argparse.Namespace) -> None:
     """Forward and backward of one batch, without and with the optimizer's step and the EMA."""
@@ -134,6 +155,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(TIMM), default="ViT-B-16")
     parser.add_argument("--count", type=int, default=0, help="images a round (default 128, of a step 8)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.count = args.count or {"loader": 128, "step": 8}[args.what]
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads")
