@@ -1416,6 +1416,10 @@ def test_two_processes_train_as_one_and_evaluate_every_image(reference, tiny, da
     done = run(*flags(tiny, data, tmp_path / "two", "--workers", 2), processes=2)
     assert done.returncode == 0, done.stderr
     assert far(tmp_path / "two", reference) < 1e-5
+    losses = [
+        [record["train_loss"] for record in outcome(run)["metrics"]] for run in (reference, tmp_path / "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     scores = []
     for processes in (0, 2):
         done = run(
