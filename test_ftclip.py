@@ -1323,7 +1323,7 @@ def start(*argv, launcher: tuple = (), log: Path | str = os.devnull) -> subproce
 
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(tiny, data, tmp_path):
     """benchmarks/kill_test.py does this for longer, and with two processes."""
-    more = ("--epochs", 40, "--workers", 1, "--save-every", 2)
+    more = ("--epochs", 28, "--workers", 1, "--save-every", 2)
     ftclip.main(flags(tiny, data, tmp_path / "undisturbed", *more))
     argv, rng = flags(tiny, data, tmp_path / "run", *more), random.Random(0)
     for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
@@ -1334,7 +1334,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
         os.killpg(process.pid, number)  # the workers too, as Ctrl-C and a scheduler do
         assert process.wait(20) == status
         wait_for(lambda: not processes_of(tmp_path / "run"))
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") > 40  # it was not over
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") > 28  # it was not over
     ftclip.main(argv)
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed"))
 
@@ -1724,7 +1724,7 @@ def test_the_speed_benchmark_starts_small(what, data):
     """What it measures is not asserted."""
     if what == "step" and torch.cuda.is_available():
         pytest.skip("on a GPU it is measured, not tried")
-    small = f"{what} --data {shlex.quote(str(data))} --count 2 --rounds 1 --workers 0"
+    small = f"{what} --data {shlex.quote(str(data))} --count 1 --rounds 1 --workers 0"
     command = [sys.executable, str(HERE / "benchmarks" / "speed.py"), *shlex.split(small)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert re.search(r"^ftclip is [\d.]+ times as fast as timm$", done.stdout, re.MULTILINE)
