@@ -207,9 +207,11 @@ def model_config(model: str | dict) -> dict:
         vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
         config = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
     except (ValueError, TypeError, KeyError):
-        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=5, cutoff=0.3))
-        way = f"give one; near it: {near}"
-        raise ValueError(f"--model {name} is no open_clip model nor a JSON file of one: {way}") from None
+        vits = [vit for vit in open_clip.list_models() if vit.startswith("ViT")]
+        near = ", ".join(difflib.get_close_matches(name, vits, n=5, cutoff=0.3))
+        raise ValueError(
+            f"--model {name} is no model-config JSON and no ViT of open_clip's; near: {near}"
+        ) from None
     if isinstance(vision["layers"], list) or "timm_model_name" in vision or vision.get("attentional_pool"):
         raise ValueError(f"--model {name} is not a plain ViT of open_clip's: choose one, such as ViT-B-16")
     return config | {"vision_cfg": vision}
@@ -233,7 +235,7 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
         tag = open_clip.get_pretrained_cfg(model, pretrained)
         if not tag:
             ways = ", ".join(["a weights file", "none", *open_clip.list_pretrained_tags_by_model(model)])
-            raise ValueError(f"--pretrained {pretrained} is no file or tag of {model}: give one of {ways}")
+            raise ValueError(f"--pretrained {pretrained} is no file and no tag of {model}'s: give {ways}")
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     torchscript = any(name.endswith("/constants.pkl") for name in names)
     quick_gelu = tag.get("quick_gelu", False) if tag else torchscript or None
@@ -247,11 +249,11 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
         else:
             weights = open_clip.factory.load_state_dict(path)  # strips "module."
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         way = "give a whole file of OpenAI's, open_clip's, torch.save's or safetensors' making"
         if tag:
-            way = "without a network, give a weights file, or fill the cache (HF_HOME, ~/.cache/huggingface)"
-        raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): {way}") from None
+            way = "without a network give a file, none, or a filled cache (HF_HOME, ~/.cache/huggingface)"
+        raise ValueError(f"cannot load --pretrained {pretrained}: {way} ({reason})") from None
     if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
         weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
     for unused in ("proj", "ln_post.weight", "ln_post.bias"):
@@ -710,8 +712,9 @@ class FolderDataset(torchvision.datasets.ImageFolder):
                 self.left_out += [os.path.join(folder, file) for file in files if not is_image(file)]
             super().__init__(root, transform, loader=load, is_valid_file=is_image)
         except OSError as error:
-            reason, way = str(error).rstrip(". \n"), "it needs readable images in a folder for each class"
-            raise ValueError(f"cannot use {root} ({reason}): {way}") from None
+            reason = error.strerror or str(error).rstrip(". \n")
+            way = "--data DIR needs readable images in DIR/train/<class>/ and DIR/val/<class>/"
+            raise ValueError(f"cannot use {error.filename or root} ({reason}): {way}") from None
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
         if isinstance(key, int):
@@ -926,7 +929,7 @@ def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
         raise ValueError(f"{path} holds more than tensors and plain values: do not trust it") from None
     except Exception as error:  # noqa: BLE001, whatever zip, zlib and torch say of damaged bytes
         reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read checkpoint {path} ({reason}): replace or remove it") from None
+        raise ValueError(f"cannot read checkpoint {path} ({reason}): give a whole one of ftclip's") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != format:
         raise ValueError(f"{path} has format {found}, not {format!r}: use the ftclip that wrote it, or none")
