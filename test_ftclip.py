@@ -1341,7 +1341,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
 
 def test_torchrun_restarts_a_run_whose_process_was_killed(tiny, data, tmp_path):
     """With three, as two numbers have the same sum in any order."""
-    more = ("--batch-size", 12, "--epochs", 8, "--workers", 1, "--save-every", 2)
+    more = ("--batch-size", 12, "--epochs", 12, "--workers", 1, "--save-every", 2)
     assert run(*flags(tiny, data, tmp_path / "undisturbed", *more), processes=3).returncode == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "--max-restarts", "1")
     torchrun = start(*flags(tiny, data, tmp_path / "run", *more), launcher=launcher)
