@@ -22,7 +22,6 @@ below "the program" flags become a run. "Official" is the paper's code, github.c
 import argparse
 import contextlib
 import copy
-import difflib
 import functools
 import hashlib
 import itertools
@@ -30,7 +29,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import re
 import signal
@@ -42,7 +40,6 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -50,7 +47,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -65,12 +62,7 @@ SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; gr
     "min_lr": (1e-6, 0.0, 1e3, "of the head at the end, literal (default: scaled like lr)"),
     "layer_decay": (None, 1e-3, 1.0, "lr of a layer over that of the one above it, 1 is off"),
     "weight_decay": (0.05, 0.0, 1e3, "of AdamW, 0 is off"),
-    "ema_decay": (
-        0.9998,
-        0.0,
-        0.999999,
-        "of the average of weights, 0 is off (default: less in a short run)",
-    ),
+    "ema_decay": (0.9998, 0.0, 0.999999, "of the weights' average, 0 is off (default: less in a short run)"),
     "clip_grad": (0.0, 0.0, 1e9, "greatest norm of the gradient, 0 is off"),
     "label_smoothing": (0.1, 0.0, 0.99, "0 is off"),
     "drop_path": (0.0, 0.0, 0.99, "probability at the last block, 0 is off"),
@@ -116,35 +108,33 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
     leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with it, warm-up
     to a number of epochs; the EMA remembers a third of the run at most; the micro-batch is the largest up to
-    the recipe's that divides. Returns a named tuple; raises ValueError for numbers that do not go together.
+    the recipe's that divides; batch_size = devices · micro_batch_size · accumulation.
 
-    Args:
-        recipe: one of RECIPES.
-        given: values for the recipe's names; other names pass through.
-        devices: number of processes; batch_size = devices · micro_batch_size · accumulation.
+    `recipe` is one of RECIPES, `given` has values for its names (others pass through), devices are processes.
+    Returns a named tuple; raises ValueError for numbers that do not go together.
     """
-    batch, few = recipe["batch_size"], num_images < 32 * recipe["batch_size"]
-    batch = 2 ** int(math.log2(max(1, num_images // 32))) if few else batch
+    batch = recipe["batch_size"]
+    if num_images < 32 * batch:
+        batch = 2 ** int(math.log2(max(1, num_images // 32)))
     batch = given.get("batch_size", max(1, batch // devices) * devices)
-    ratio, longer = batch / recipe["batch_size"], given.get("epochs", recipe["epochs"]) / recipe["epochs"]
-    plan = recipe | {"batch_size": batch, "lr": recipe["lr"] * ratio, "min_lr": recipe["min_lr"] * ratio}
-    warmup = recipe["warmup_epochs"] * longer
-    plan |= {"warmup_epochs": warmup} | given  # what is given wins over what is scaled
+    ratios = dict.fromkeys(("lr", "min_lr"), batch / recipe["batch_size"])
+    ratios["warmup_epochs"] = given.get("epochs", recipe["epochs"]) / recipe["epochs"]
+    plan = (
+        recipe | {key: recipe[key] * ratio for key, ratio in ratios.items()} | given | {"batch_size": batch}
+    )
     unit = devices * given.get("micro_batch_size", 1)
     if batch > num_images:
         raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
     if batch % unit:
-        chain = f"{devices} device(s) x {unit // devices} image(s)"
-        near = f"{max(1, batch // unit) * unit} or {(max(1, batch // unit) + 1) * unit}"
-        raise ValueError(f"--batch-size {batch} is not a multiple of {chain}: try {near}")
+        chain, near = f"{devices} device(s) x {unit // devices} image(s)", max(1, batch // unit) * unit
+        raise ValueError(f"--batch-size {batch} is not a multiple of {chain}: try {near} or {near + unit}")
     if plan["min_lr"] > plan["lr"]:
         raise ValueError(f"--min-lr {plan['min_lr']:g} is above --lr {plan['lr']:g}: lower it")
     if plan["warmup_epochs"] >= plan["epochs"]:
         raise ValueError(f"--warmup-epochs {plan['warmup_epochs']:g} leaves nothing to train: lower it")
-    share = batch // devices
+    share, steps = batch // devices, num_images // batch  # the rest is dropped, other images each epoch
     divisors = [size for size in range(1, recipe["micro_batch_size"] + 1) if share % size == 0]
     micro = given.get("micro_batch_size", divisors[-1])
-    steps = num_images // batch  # the rest is dropped, other images each epoch
     plan |= {"micro_batch_size": micro, "accumulation": share // micro, "steps_per_epoch": steps}
     plan["total_steps"] = total = plan["epochs"] * steps
     plan["warmup_steps"] = min(round(plan["warmup_epochs"] * steps), total - 1)
@@ -159,8 +149,6 @@ STOP_SIGNALS = {1, 2, 15}  # SIGHUP (the terminal closes), SIGINT (Ctrl-C), SIGT
 
 
 # ---------------------------------------------------------------------------------------------- model
-
-
 class CLIPClassifier(nn.Module):
     """CLIP's image tower with the FT-CLIP head: a new LayerNorm per patch token, their mean, a linear layer.
 
@@ -207,11 +195,8 @@ def model_config(model: str | dict) -> dict:
         vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
         config = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
     except (ValueError, TypeError, KeyError):
-        vits = [vit for vit in open_clip.list_models() if vit.startswith("ViT")]
-        near = ", ".join(difflib.get_close_matches(name, vits, n=5, cutoff=0.3))
-        raise ValueError(
-            f"--model {name} is no model-config JSON and no ViT of open_clip's; near: {near}"
-        ) from None
+        way = "give a ViT such as ViT-B-16 (all: open_clip.list_models()) or a model-config JSON"
+        raise ValueError(f"--model {name} is not known to open_clip: {way}") from None
     if isinstance(vision["layers"], list) or "timm_model_name" in vision or vision.get("attentional_pool"):
         raise ValueError(f"--model {name} is not a plain ViT of open_clip's: choose one, such as ViT-B-16")
     return config | {"vision_cfg": vision}
@@ -250,10 +235,9 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
             weights = open_clip.factory.load_state_dict(path)  # strips "module."
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        way = "give a whole file of OpenAI's, open_clip's, torch.save's or safetensors' making"
-        if tag:
-            way = "without a network give a file, none, or a filled cache (HF_HOME, ~/.cache/huggingface)"
-        raise ValueError(f"cannot load --pretrained {pretrained}: {way} ({reason})") from None
+        way = "a whole file of OpenAI's, open_clip's, torch.save's or safetensors' making"
+        way = "a file, none, or with a network once, as HF_HOME keeps it" if tag else way
+        raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): give {way}") from None
     if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
         weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
     for unused in ("proj", "ln_post.weight", "ln_post.bias"):
@@ -277,48 +261,33 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:1], square[0].flatten(1).T])
 
 
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), OpenAI's activation, as one operation that keeps one tensor for its gradient."""
+class Block(nn.Module):
+    """open_clip's residual block in fewer kernels, with stochastic depth; the same parameters, same names.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702
-
-
-class Attention(nn.MultiheadAttention):
-    """open_clip's self-attention without the copies that nn.MultiheadAttention makes; the same parameters."""
-
-    def forward(self, x: Tensor, *_, **__) -> tuple[Tensor, None]:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (N, tokens, 3 · width)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, tokens, head)
-        return self.out_proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)), None
-
-
-def speed_up(trunk: nn.Module) -> None:
-    """Fewer kernels for open_clip's VisionTransformer, with the same parameters, by the same names."""
-    # Under autocast, patches come in bf16: all blocks would then add to a stream of eight bits, not float32.
-    wider = lambda _, inputs: inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-    trunk.ln_pre.register_forward_pre_hook(wider)
-    for block in trunk.transformer.resblocks:
-        block.attn.__class__ = Attention
-        if not isinstance(block.mlp.gelu, nn.GELU):
-            block.mlp.gelu = QuickGELU()
-
-
-def add_drop_path(blocks: nn.ModuleList, probability: float) -> None:
-    """Stochastic depth (arXiv 1603.09382): drop residual branches of a sample, the more the higher they are.
-
-    Args:
-        blocks: open_clip's, where ls_1 and ls_2 are the ends of the residual branches.
-        probability: at the last block, falling linearly to 0 at the first one.
+    An open_clip block becomes one by block.__class__ = Block. `drop_path` is the probability that a residual
+    branch of a sample is dropped in training (arXiv 1603.09382).
     """
 
-    def drop(module: nn.Module, _: tuple, branch: Tensor, rate: float) -> Tensor:
-        return torchvision.ops.stochastic_depth(branch, rate, mode="row", training=module.training)
+    drop_path = 0.0
 
-    for i, block in enumerate(blocks if probability else ()):
-        hook = functools.partial(drop, rate=probability * i / max(1, len(blocks) - 1))
-        for end in (block.ls_1, block.ls_2):
-            end.register_forward_hook(hook)  # a module in their place would change the state dict's names
+    def forward(self, x: Tensor, *_, **__) -> Tensor:
+        """Tokens (N, tokens, width) to tokens; float32, or wider, also where autocast brings bf16."""
+        x = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # a stream that all blocks add to needs the bits
+        qkv = F.linear(
+            self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias
+        )  # (N, tokens, 3 · width)
+        qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # (3, N, heads, tokens, head)
+        heads = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)  # (N, tokens, width)
+        drop = lambda branch: torchvision.ops.stochastic_depth(branch, self.drop_path, "row", self.training)
+        x = x + drop(self.ls_1(self.attn.out_proj(heads)))
+        hidden, gelu = self.mlp.c_fc(self.ln_2(x)), self.mlp.gelu
+        # QuickGELU, x · sigmoid(1.702 x), as one operation, which keeps one tensor for its gradient
+        hidden = gelu(hidden) if isinstance(gelu, nn.GELU) else F.silu(1.702 * hidden) / 1.702
+        return x + drop(self.ls_2(self.mlp.c_proj(hidden)))
 
 
 def build_model(
@@ -330,25 +299,22 @@ def build_model(
     drop_path: float = 0.0,
     train_blocks: int | None = None,
     freeze_patch_embed: bool = False,
-    grad_checkpointing: bool = False,
 ) -> CLIPClassifier:
     """open_clip's image tower with the FT-CLIP head, float32, on the CPU.
 
     Its `config` is the resolved configuration, from which it can be built again. Raises ValueError for an
     unknown model or tag, an image size that is not a multiple of the patch, more blocks than there are, or
-    weights that do not fit or of which nothing tells the activation. To copy it, copy the eight definitions
-    above it too.
+    weights that do not fit or of which nothing tells the activation. Copy the five definitions above it too.
 
     Args:
         model: an open_clip ViT by name, the path of a model-config JSON, or such a configuration.
         pretrained: a tag of open_clip's, a weights file, or "none".
         image_size: pixels, None for the configuration's; position embeddings are resized to fit.
         quick_gelu: None for what the tag, the file or the configuration says.
-        drop_path: see add_drop_path.
+        drop_path: of the last block, falling linearly to 0 at the first one.
         train_blocks: tune only so many last blocks, norm and head (0 is linear probing); None, or as many as
             there are, is full fine-tuning, embeddings included.
         freeze_patch_embed: leave conv1 as it is.
-        grad_checkpointing: compute the blocks again in the backward pass, to save memory.
     """
     import open_clip
 
@@ -377,9 +343,9 @@ def build_model(
     except RuntimeError as error:
         reason, way = " ".join(str(error).split())[:300], "give the --model that it was made for"
         raise ValueError(f"--pretrained {pretrained} does not fit {name} ({reason}): {way}") from None
-    speed_up(trunk)
     blocks = trunk.transformer.resblocks
-    add_drop_path(blocks, drop_path)
+    for i, block in enumerate(blocks):
+        block.__class__, block.drop_path = Block, drop_path * i / max(1, len(blocks) - 1)
     tuned = len(blocks) if train_blocks is None else train_blocks
     if tuned > len(blocks):
         raise ValueError(f"--train-blocks {tuned} is more than {name} has: give {len(blocks)} at most")
@@ -388,13 +354,10 @@ def build_model(
         blocks[len(blocks) - tuned :].requires_grad_(True)
     if freeze_patch_embed:
         trunk.conv1.requires_grad_(False)
-    trunk.set_grad_checkpointing(grad_checkpointing)
     return classifier
 
 
 # ---------------------------------------------------------------------------------------------- optimization
-
-
 def layer_id(name: str) -> float:
     """Depth of a parameter of CLIPClassifier: 0 embeddings, i + 1 block i, infinity for norm and head.
 
@@ -413,20 +376,15 @@ def layer_id(name: str) -> float:
 
 
 def param_groups(
-    model: nn.Module,
-    layer_id: Callable[[str], float],
-    lr: float,
-    layer_decay: float,
-    weight_decay: float,
-    no_decay: tuple[str, ...] = ("_embedding", "_token", "pos_embed"),
+    model: nn.Module, layer_id: Callable[[str], float], lr: float, layer_decay: float, weight_decay: float
 ) -> list[dict]:
     """AdamW's parameter groups, with a learning rate that decays from the head down to the embeddings.
 
     Layer i of L blocks learns with lr · layer_decay^(L + 1 − i): near the pixels, more of CLIP stays.
     A schedule must keep to it, before each optimizer step: group["lr"] = lr_at(...) * group["lr_scale"]
-    (timm's own schedulers would apply lr_scale twice). Vectors (norms and biases) and names that end in
-    `no_decay` (as open_clip's and timm's tokens and positions do) get no weight decay; frozen parameters are
-    in no group. Source: official optim_factory.py:60, run_class_finetuning.py:441.
+    (timm's own schedulers would apply lr_scale twice). No weight decay for vectors (norms and biases), tokens
+    and positions, as open_clip and timm name them. Frozen parameters are in no group. Source: official
+    optim_factory.py:60, run_class_finetuning.py:441.
 
     Returns two groups a layer at most, from the embeddings up: {"params", "names", "layer", "lr", "lr_scale",
     "weight_decay"}. Raises ValueError if layer_id does not find embeddings, blocks and head, without a gap.
@@ -440,11 +398,11 @@ def param_groups(
     found, top = sorted(set(depths.values())), len(set(depths.values())) - 1
     if top < 2 or found != [*range(top), math.inf]:
         raise ValueError(f"layer_id finds the layers {found}, not 0, 1, ... and inf: make it fit the model")
-    groups: dict[tuple[int, bool], dict] = {}
+    groups, vectors = {}, ("_embedding", "_token", "pos_embed")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decays = min(depths[name], top), parameter.ndim > 1 and not name.endswith(no_decay)
+        layer, decays = min(depths[name], top), parameter.ndim > 1 and not name.endswith(vectors)
         scale = layer_decay ** (top - layer)
         group = {"layer": layer, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decays}
         group = groups.setdefault((layer, decays), group | {"params": [], "names": []})
@@ -495,8 +453,6 @@ class EMA:
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
-
-
 class RandAugment:
     """RandAugment (arXiv 1909.13719) as the paper used it: timm's rand-m9-mstd0.5-inc1, on RGB Pillow images.
 
@@ -510,18 +466,19 @@ class RandAugment:
         fill: colour of what comes from outside the image, RGB from 0 to 255; 255 · CLIP_MEAN.
     """
 
-    OPS: ClassVar = {  # of an image, at strength m = magnitude / 10 and with sign s; v is a colour, 0 to 255
+    # Of an image, at strength m = magnitude / 10 and with sign s; v is a colour, 0 to 255.
+    OPS = {  # noqa: RUF012
         "AutoContrast": lambda self, im, m, s: ImageOps.autocontrast(im),
         "Equalize": lambda self, im, m, s: ImageOps.equalize(im),
-        "Invert": lambda self, im, m, s: self.map(im, lambda v: 255 - v),
+        "Invert": lambda self, im, m, s: im.point(lambda v: 255 - v),
         "Rotate": lambda self, im, m, s: im.rotate(s * 30 * m, Image.BICUBIC, fillcolor=self.fill),
-        "Posterize": lambda self, im, m, s: self.map(im, lambda v: v & (255 << 4 + int(4 * m))),
-        "Solarize": lambda self, im, m, s: self.map(im, lambda v: 255 - v if v >= 256 - int(256 * m) else v),
-        "SolarizeAdd": lambda self, im, m, s: self.map(im, lambda v: v + int(110 * m) if v < 128 else v),
-        "Color": lambda self, im, m, s: self.enhance(ImageEnhance.Color, im, s * 0.9 * m),
-        "Contrast": lambda self, im, m, s: self.enhance(ImageEnhance.Contrast, im, s * 0.9 * m),
-        "Brightness": lambda self, im, m, s: self.enhance(ImageEnhance.Brightness, im, s * 0.9 * m),
-        "Sharpness": lambda self, im, m, s: self.enhance(ImageEnhance.Sharpness, im, s * 0.9 * m),
+        "Posterize": lambda self, im, m, s: im.point(lambda v: v & (255 << 4 + int(4 * m))),
+        "Solarize": lambda self, im, m, s: im.point(lambda v: 255 - v if v >= 256 - int(256 * m) else v),
+        "SolarizeAdd": lambda self, im, m, s: im.point(lambda v: v + int(110 * m) if v < 128 else v),
+        "Color": lambda self, im, m, s: ImageEnhance.Color(im).enhance(max(0.1, 1 + s * 0.9 * m)),
+        "Contrast": lambda self, im, m, s: ImageEnhance.Contrast(im).enhance(max(0.1, 1 + s * 0.9 * m)),
+        "Brightness": lambda self, im, m, s: ImageEnhance.Brightness(im).enhance(max(0.1, 1 + s * 0.9 * m)),
+        "Sharpness": lambda self, im, m, s: ImageEnhance.Sharpness(im).enhance(max(0.1, 1 + s * 0.9 * m)),
         "ShearX": lambda self, im, m, s: self.affine(im, 1, s * 0.3 * m, 0, 0, 1, 0),
         "ShearY": lambda self, im, m, s: self.affine(im, 1, 0, 0, s * 0.3 * m, 1, 0),
         "TranslateX": lambda self, im, m, s: self.affine(im, 1, 0, s * 0.45 * m * im.width, 0, 1, 0),
@@ -537,18 +494,8 @@ class RandAugment:
         for op in rng.choices(list(self.OPS), k=self.num_ops):
             if rng.random() < self.probability:
                 magnitude = min(max(rng.gauss(self.magnitude, self.std), 0.0), 10.0)
-                image = self.apply(image, op, magnitude, rng.choice((-1, 1)))
+                image = self.OPS[op](self, image, magnitude / 10, rng.choice((-1, 1)))
         return image
-
-    def apply(self, image: Image.Image, op: str, magnitude: float, sign: int = 1) -> Image.Image:
-        """One operation of OPS, at a magnitude from 0 to 10."""
-        return self.OPS[op](self, image, magnitude / 10, sign)
-
-    def map(self, image: Image.Image, function: Callable[[int], int]) -> Image.Image:
-        return image.point([function(value) for value in range(256)] * 3)
-
-    def enhance(self, kind: Callable, image: Image.Image, change: float) -> Image.Image:
-        return kind(image).enhance(max(0.1, 1 + change))
 
     def affine(self, image: Image.Image, *matrix: float) -> Image.Image:
         """(a, b, c, d, e, f): the pixel at (x, y) is taken from (a x + b y + c, d x + e y + f)."""
@@ -624,23 +571,24 @@ def train_transform(
     return image
 
 
-def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
-    """The short side resized to image_size, bicubic, and the middle square (official datasets.py:76-84).
-
-    From uint8 (3, H, W), or a Pillow image of 8 bits, to uint8 (3, image_size, image_size).
-    """
-    if isinstance(image, Image.Image):
-        image = v2.functional.pil_to_tensor(image.convert("RGB"))
-    image = v2.functional.resize(image, [image_size], v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.functional.center_crop(image, [image_size])
-
-
 def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
     """uint8 images (..., 3, H, W) as float32 from 0 to 1, less mean, over standard deviation, by channel."""
     images = images.float() / 255
     for i, (m, s) in enumerate(zip(mean, std)):  # as tensors, they would be copied, and the GPU waited for
         images[..., i, :, :].sub_(m).div_(s)
     return images
+
+
+def eval_transform(image: Tensor | Image.Image, image_size: int, mean: tuple, std: tuple) -> Tensor:
+    """The short side resized to image_size, bicubic, and the middle square, normalised.
+
+    From uint8 (3, H, W), or a Pillow image of 8 bits, to float32 (3, image_size, image_size), as a model takes
+    it. Copy normalize with it. Source: official datasets.py:76-84.
+    """
+    if isinstance(image, Image.Image):
+        image = v2.functional.pil_to_tensor(image.convert("RGB"))
+    image = v2.functional.resize(image, [image_size], v2.InterpolationMode.BICUBIC, antialias=True)
+    return normalize(v2.functional.center_crop(image, [image_size]), mean, std)
 
 
 def augment_on_device(
@@ -656,8 +604,6 @@ def augment_on_device(
 
 
 # ---------------------------------------------------------------------------------------------- data
-
-
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
 
@@ -684,37 +630,38 @@ class FolderDataset(torchvision.datasets.ImageFolder):
     """ROOT/<class>/*, in which a training sample is the same pixels in any process, worker, or restart.
 
     Key (epoch, index) gives (image, box to erase (4,), label); all chance comes from (seed, epoch, index).
-    Key index gives (image, label), for evaluation. `left_out` are files that are no images by their names.
-    Raises ValueError for a folder that cannot be read or is reached twice, and for a class without images.
+    Key index gives (image, label), for evaluation. Files that are no images by their names are left out.
+    Raises ValueError for a folder that cannot be read or is reached twice, for a class without images, and
+    for classes that are not those expected.
 
     Args:
         load: path → uint8 (3, H, W).
         transform: for training (image, rng) → image, for evaluation image → image.
         box: for training (height, width, rng) → box to erase.
+        classes: the names that must be found, if any.
     """
 
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
-    def __init__(self, root: str, load: Callable, transform: Callable, box=None, seed: int = 0) -> None:
-        self.box, self.seed, self.left_out, reached = box, seed, [], {}
-
-        def refuse(error: OSError) -> None:  # else the folder would be left out in silence
-            raise error
-
-        def is_image(path: str) -> bool:
-            return path.lower().endswith(self.IMAGES)
-
+    def __init__(
+        self, root: str, load: Callable, transform: Callable, box=None, seed=0, classes=None
+    ) -> None:
+        self.box, self.seed, folders, reached = box, seed, [root], {}
         try:
-            for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
+            for folder in folders:  # ImageFolder would leave out what cannot be read, and follow circles
                 other = reached.setdefault(os.path.realpath(folder), folder)
                 if other != folder:  # its images would count twice, or in the wrong class
                     raise ValueError(f"{folder} and {other} are one folder: remove the link between them")
-                self.left_out += [os.path.join(folder, file) for file in files if not is_image(file)]
+                folders += [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+            is_image = lambda path: path.lower().endswith(self.IMAGES)
             super().__init__(root, transform, loader=load, is_valid_file=is_image)
         except OSError as error:
             reason = error.strerror or str(error).rstrip(". \n")
             way = "--data DIR needs readable images in DIR/train/<class>/ and DIR/val/<class>/"
             raise ValueError(f"cannot use {error.filename or root} ({reason}): {way}") from None
+        some = sorted(set(classes or self.classes) ^ set(self.classes))[:5]
+        if some:
+            raise ValueError(f"{root} has other classes than expected, such as {some}: match them")
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
         if isinstance(key, int):
@@ -797,17 +744,7 @@ def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, mon
             yield augment_on_device(images, boxes, labels, system.device, erasing, mixes)
 
 
-def val_batches(dataset: FolderDataset, batch_size: int, system: System) -> Iterator:
-    """This process's share of the validation images, for evaluate: each image is in exactly one process."""
-    share = Subset(dataset, range(system.rank, len(dataset), system.world))
-    for images, labels in start_loader(share, system, batch_size=batch_size):
-        images = normalize(images.to(system.device, non_blocking=True), CLIP_MEAN, CLIP_STD)
-        yield images, labels.to(system.device, non_blocking=True)
-
-
 # ---------------------------------------------------------------------------------------------- training
-
-
 def train_step(
     model: nn.Module,
     micro_batches: Iterator[tuple[Tensor, Tensor]],
@@ -871,11 +808,12 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.d
     Returns "NAME_top1" and "NAME_top5" in per cent, "NAME_correct" in images, for each model, and "images".
 
     Args:
-        batches: (normalised images (N, 3, S, S), labels (N,)) on the models' device.
+        batches: (normalised images (N, 3, S, S), labels (N,)), such as a DataLoader.
     """
     device = next(next(iter(models.values())).parameters()).device
     counts = torch.zeros(len(models), 3, dtype=torch.long, device=device)  # right at first, in five, images
     for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         for row, model in zip(counts, models.values()):
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model.eval()(images)
@@ -904,14 +842,13 @@ def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, path)
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
+    except (OSError, RuntimeError) as error:
         reason = str(error.__context__ or error).split("\n")[0]  # the disk's, of torch's writer
         old = "; the older one is whole" if path.exists() else ""
         raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere{old}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # if it is still there
 
 
 def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
@@ -925,8 +862,6 @@ def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors and plain values: do not trust it") from None
     except Exception as error:  # noqa: BLE001, whatever zip, zlib and torch say of damaged bytes
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot read checkpoint {path} ({reason}): give a whole one of ftclip's") from None
@@ -948,8 +883,8 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
     model.load_state_dict(state.get("ema") or state["model"])
-    crop = functools.partial(eval_transform, image_size=model.config["vision_cfg"]["image_size"])
-    transform = v2.Compose([crop, functools.partial(normalize, mean=state["mean"], std=state["std"])])
+    size, statistics = model.config["vision_cfg"]["image_size"], {"mean": state["mean"], "std": state["std"]}
+    transform = functools.partial(eval_transform, image_size=size, **statistics)
     return model.eval().to(device), state["classes"], transform
 
 
@@ -987,28 +922,26 @@ def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int
     means = all_sum(torch.stack(losses) / world).tolist()
     # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
     norm = torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
-    values = [("loss", i, loss) for i, loss in enumerate(means, step - len(means) + 1)]
-    for what, i, value in [*values, ("norm of the weights", step, norm)]:
+    for i, value in enumerate([*means, norm], step - len(means) + 1):
         if not math.isfinite(value):
+            what = (
+                f"loss is {value} at step {i}"
+                if i <= step
+                else f"norm of the weights is {value} at step {step}"
+            )
             way = "resume with --amp none, or start anew, with a lower --lr and another --output"
-            raise ValueError(f"the {what} is {value} at step {i}; last.pt, if any, is from before it: {way}")
+            raise ValueError(f"the {what}; last.pt, if any, is from before it: {way}")
     return means
 
 
 def train(
-    plan: tuple,
-    system: System,
-    classifier: CLIPClassifier,
-    state: dict | None,
-    data_sets: tuple[FolderDataset, FolderDataset],
-    save: Callable[[str, dict], None],
-    monitor: "Monitor",
-    stop_signals: list[int],
+    plan: tuple, system: System, classifier: nn.Module, state: dict | None, data_sets, save, monitor, stops
 ) -> list[dict] | None:
     """The loop: steps, from wherever the run is, and at the end of each epoch an evaluation.
 
     Returns a record for each epoch, or None if it was stopped: a signal in any process ends it after a step,
-    which is saved, or within an evaluation. `save` writes a checkpoint of this name, `state` is last.pt's.
+    which is saved, or within an evaluation. `state` is last.pt's, save(name, contents) writes a checkpoint,
+    `stops` is the list that grows by each stop signal.
     """
     model, parts, progress = prepare(plan, system, classifier, state)
     optimizer, scaler, ema = parts["optimizer"], parts["scaler"], parts.get("ema")
@@ -1031,7 +964,7 @@ def train(
             progress["step"] = step + 1
             monitor.bar.update()
 
-            stop = all_sum(len(stop_signals)).item() > 0
+            stop = all_sum(len(stops)).item() > 0
             # The first step of a start is saved too: a full disk shows before an epoch is lost to it.
             due = stop or step + 1 == end or step == first or (step + 1) % (plan.save_every or end) == 0
             if due or (step + 1) % LOG_EVERY == 0:
@@ -1046,8 +979,9 @@ def train(
 
         record = {"epoch": epoch + 1, "train_loss": progress["loss_sum"] / plan.steps_per_epoch}
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
-            images = val_batches(data_sets[1], plan.micro_batch_size, system)
-            images = itertools.takewhile(lambda _: not stop_signals, images)
+            share = range(system.rank, plan.num_val, system.world)  # each image in exactly one process
+            images = start_loader(data_sets[1], system, sampler=share, batch_size=64)
+            images = itertools.takewhile(lambda _: not stops, images)
             record |= evaluate(models, images, system.amp_dtype)
             if record["images"] < plan.num_val:  # summed: if one process was stopped, all know
                 return None
@@ -1100,14 +1034,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_system(args: argparse.Namespace) -> System:
     """Device, precision and so on, by the flags and torchrun, whose processes are joined."""
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
-    env = [int(os.environ.get(key, key.endswith("SIZE"))) for key in keys]  # 0, or 1 for a size
-    rank, world, local, local_world, restarts = env
+    # By default 0, or 1 for a size.
+    rank, world, local, local_world, restarts = (int(os.environ.get(k, k.endswith("SIZE"))) for k in keys)
     cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
     if cuda and local >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} GPUs (torch {torch.__version__})"
         raise ValueError(f"process {local} has none of {found}: start one per GPU, or give --device cpu")
-    if args.amp == "fp16" and not cuda:
-        raise ValueError("--amp fp16 needs a GPU: give --amp none or bf16")
     if cuda:
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not args.dry_run:
@@ -1162,18 +1094,11 @@ def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
     if values["randaug"]:
         ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
         crop["augment"] = RandAugment(*ops, fill=tuple(255 * mean for mean in CLIP_MEAN))
-    erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
     augment = functools.partial(train_transform, **crop)
-    middle = functools.partial(eval_transform, image_size=values["image_size"])
+    middle = functools.partial(eval_transform, image_size=values["image_size"], mean=CLIP_MEAN, std=CLIP_STD)
+    erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
     train_set = FolderDataset(f"{root}/train", read_image, augment, erasing.sample, values["seed"])
-    val_set = FolderDataset(f"{root}/val", read_image, middle)
-    if train_set.classes != val_set.classes:
-        some = sorted(set(train_set.classes) ^ set(val_set.classes))[:5]
-        raise ValueError(f"{root}/train and {root}/val have other classes, such as {some}: match them")
-    left_out = train_set.left_out + val_set.left_out
-    if left_out:
-        print(f"left out: {len(left_out)} files that are no images by name: {', '.join(left_out[:3])}")
-    return train_set, val_set
+    return train_set, FolderDataset(f"{root}/val", read_image, middle, classes=train_set.classes)
 
 
 def plan_of(args: argparse.Namespace, system: System) -> tuple:
@@ -1195,8 +1120,7 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     given = {flag: value for flag, value in vars(args).items() if flag in recipe and value is not None}
     given |= {"recipe": key, "name": name, "model": config, "image_size": size}
     if args.dry_run and absent:
-        demo = (len(DEMO_CLASSES), len(DEMO_CLASSES) * DEMO_IMAGES["train"])
-        given["num_classes"], given["num_images"] = demo if args.demo else (1000, 1_281_167)
+        given["num_classes"], given["num_images"] = (6, 3000) if args.demo else (1000, 1_281_167)
     else:
         train_set, val_set = data_sets = open_data(data, recipe | given)
         given |= {"num_classes": len(train_set.classes), "num_images": len(train_set)}
@@ -1206,23 +1130,21 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     return resolve(recipe, given, given["num_images"], system.world), data_sets, output
 
 
-def describe(plan: tuple, system: System, model: CLIPClassifier) -> str:
-    """The resolved run, a line for each value."""
+def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
+    """Print the resolved run, a line for each value."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     groups = param_groups(model, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
-    gpu = torch.cuda.get_device_name() if system.device.type == "cuda" else "CPU"
     chain = f"{system.world} device(s) x {plan.micro_batch_size} images x {plan.accumulation} step(s)"
-    paper = RECIPES[plan.recipe]
-    an_epoch = f"{plan.num_images / paper['batch_size']:.1f} an epoch"
-    lines = plan._asdict() | {
-        "recipe": f"{plan.recipe}: lr {paper['lr']:g} for a batch of {paper['batch_size']}, {an_epoch}",
+    paper, device = RECIPES[plan.recipe], system.device
+    values = plan._asdict() | {
+        "recipe": f"{plan.recipe}: lr {paper['lr']:g} for a batch of {paper['batch_size']}",
         "batch_size": f"{plan.batch_size} = {chain}",
         "lr": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)) + " from embeddings to head",
         "activation": "QuickGELU" if model.config["quick_gelu"] else "GELU",
         "parameters": f"{sum(n for n, on in sizes if on):,} of {sum(n for n, _ in sizes):,} are trained",
-        "device": f"{gpu}, autocast {system.amp_dtype}",
+        "device": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {system.amp_dtype}",
     }
-    return "\n".join(f"{name:<20} {value}" for name, value in lines.items())
+    print("\n".join(f"{name:<20} {value}" for name, value in values.items()))
 
 
 class Monitor:
@@ -1267,8 +1189,6 @@ def read_last(output: Path, config: dict) -> dict | None:
     state = load_checkpoint(last) if last.exists() else None
     if state is None and best.exists():
         raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
-    if state and "optimizer" not in state:
-        raise ValueError(f"{last} is a best.pt, with weights alone: replace it, or give another --output")
     was = state["config"] if state else config
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
     if changes:
@@ -1282,9 +1202,8 @@ def read_last(output: Path, config: dict) -> dict | None:
     return state
 
 
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """In here, stop signals are only noted, in the list: torchrun may send several, which mean no more."""
+def note_signals() -> list[int]:
+    """The stop signals from now on: only noted, as torchrun may send several, which mean no more than one."""
     noted: list[int] = []
 
     def note(number: int, _) -> None:
@@ -1292,27 +1211,21 @@ def noted_signals() -> Iterator[list[int]]:
         with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
             os.write(2, b"\nftclip: stopping as soon as all is saved\n" * (len(noted) == 1))
 
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
-    old = {number: signal.signal(number, note) for number in heard}
-    try:
-        yield noted
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+            signal.signal(number, note)
+    return noted
 
 
 def evaluate_checkpoint(args: argparse.Namespace, system: System) -> None:
     """What --eval does."""
-    model, classes, _ = load_classifier(args.checkpoint, system.device)
-    size, folder = model.config["vision_cfg"]["image_size"], f"{args.data or 'imagenet'}/val"
-    val_set = FolderDataset(folder, read_image, functools.partial(eval_transform, image_size=size))
-    if classes != val_set.classes:
-        some = sorted(set(classes) ^ set(val_set.classes))[:5]
-        raise ValueError(f"{args.checkpoint} and {folder} have other classes, such as {some}: give its own")
-    batches = val_batches(val_set, args.micro_batch_size or 64, system)
-    result = evaluate({"model": model}, batches, system.amp_dtype)
+    model, classes, transform = load_classifier(args.checkpoint, system.device)
+    val_set = FolderDataset(f"{args.data or 'imagenet'}/val", read_image, transform, classes=classes)
+    share = range(system.rank, len(val_set), system.world)
+    images = start_loader(val_set, system, sampler=share, batch_size=args.micro_batch_size or 64)
+    result = evaluate({"model": model}, images, system.amp_dtype)
     text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
-    print(f"{args.checkpoint}, at {size} pixels: {text.format(**result)}")
+    print(f"{args.checkpoint}, at {model.config['vision_cfg']['image_size']} pixels: {text.format(**result)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1328,35 +1241,36 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     plan, data_sets, output = plan_of(args, system)
     shared = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
-    shared = {key: getattr(plan, key) for key in shared} | {"grad_checkpointing": args.grad_checkpointing}
+    shared = {key: getattr(plan, key) for key in shared}
     start = {"model": DEMO_MODEL if args.demo else args.model, "pretrained": plan.pretrained}
+    with torch.device("meta"):  # shapes without numbers: no time, no memory
+        describe(plan, system, build_model(**start, **shared))
     if args.dry_run:
-        with torch.device("meta"):  # shapes without numbers: no time, no memory
-            print(describe(plan, system, build_model(**start, **shared)))
         return 0
 
-    with noted_signals() as signals:
-        may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
-        config = {key: value for key, value in plan._asdict().items() if key not in may_change}
-        state = read_last(output, config)
-        torch.manual_seed(plan.seed)
-        start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
-        classifier = build_model(**start, **shared).to(system.device)
-        step = state["step"] if state else 0
-        resumed = f"\nresumed from {output}/last.pt, step {step}" if state else ""
-        print(describe(plan, system, classifier) + resumed)
-        head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
-        head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
+    signals = note_signals()
+    may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
+    config = {key: value for key, value in plan._asdict().items() if key not in may_change}
+    state = read_last(output, config)
+    torch.manual_seed(plan.seed)
+    start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
+    classifier = build_model(**start, **shared).to(system.device)
+    classifier.trunk.set_grad_checkpointing(args.grad_checkpointing)
+    step = state["step"] if state else 0
+    if state:
+        print(f"resumed from {output}/last.pt, step {step}")
+    head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
+    head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
-        def save(name: str, contents: dict) -> None:
-            if system.rank == 0:
-                save_checkpoint(output / name, head | contents)
+    def save(name: str, contents: dict) -> None:
+        if system.rank == 0:
+            save_checkpoint(output / name, head | contents)
 
-        monitor = Monitor(plan, system, step, output / "metrics.jsonl")
-        history = train(plan, system, classifier, state, data_sets, save, monitor, signals)
-        monitor.bar.close()
-        with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
-            all_sum(0)
+    monitor = Monitor(plan, system, step, output / "metrics.jsonl")
+    history = train(plan, system, classifier, state, data_sets, save, monitor, signals)
+    monitor.bar.close()
+    with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
+        all_sum(0)
     if history:
         print(f"finished: {output}/best.pt has the best weights, chosen on val itself")
         return 0
@@ -1380,7 +1294,7 @@ def run() -> int:
     if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
         sentence = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
     elif isinstance(error, OSError):
-        sentence = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        sentence = str(error)
     elif isinstance(error, RuntimeError) and "out of memory" in str(error):
         sentence = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
     elif isinstance(error, RuntimeError) and re.search("DataLoader worker|shared memory|open files", last):

@@ -1,0 +1,225 @@
+"""Figure 1 and Figure 3 of the paper in miniature, on two cores: a tiny ViT and Fashion-MNIST instead of CLIP.
+
+    python benchmarks/figure1.py                # does what is left to do, then prints the table; an hour
+    python benchmarks/figure1.py --seeds 2      # fewer few-image sets
+
+A ViT of 0.7 M parameters learns five of the ten classes from all their images, and is then fine-tuned on the other
+five with 100 images each, drawn by the seed, by the seven steps of Figure 1, by partial tuning, and by what one
+would do instead. Learning rates are chosen on seed 0, results are of seeds 1 and up: the last epoch's top-1 on
+5,000 validation images, on which nothing is chosen. All of it is ftclip.py's command line, and lies in --output;
+run it again after an interruption. Needs the network once, for the images, or Debian's package
+dataset-fashion-mnist; draws figure1.png if matplotlib is installed.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torchvision.datasets import FashionMNIST
+
+FTCLIP = Path(__file__).resolve().parent.parent / "ftclip.py"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+PRETRAINED_ON = ("T-shirt/top", "Pullover", "Dress", "Sandal", "Sneaker")
+FEW = 100  # training images of each of the other classes
+VIT = {"image_size": 28, "patch_size": 7, "width": 96, "layers": 6, "head_width": 32}
+
+STRONG = "--mixup 0.8 --cutmix 1"
+LONG = f"--epochs 100 {STRONG}"
+SWEEPS = {  # name: (flags, learning rates), each on seed 0
+    "no decay": (f"--layer-decay 1 --ema-decay 0 {LONG}", (1e-4, 3e-4, 1e-3, 3e-3)),
+    "decay": (LONG, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "plain": ("--layer-decay 1 --ema-decay 0 --randaug 0 --random-erasing 0", (1e-4, 3e-4, 1e-3, 3e-3)),
+}
+STEPS = {  # name: (flags, the learning rate or the sweep that chose it)
+    "the usual setting": (f"--layer-decay 1 --ema-decay 0 {LONG}", 1e-3),
+    "reduce lr": (f"--layer-decay 1 --ema-decay 0 {LONG}", "no decay"),
+    "EMA": (f"--layer-decay 1 {LONG}", "no decay"),
+    "layer-wise lr decay": (LONG, "decay"),
+    "fewer epochs": (STRONG, "decay"),
+    "weaken augmentations": ("", "decay"),
+    "resolution 42": ("--image-size 42 --no-freeze-patch-embed", "decay"),
+}
+PARTIAL = {f"{k} of 6 blocks": (f"--train-blocks {k}", "decay") for k in range(6)}
+OTHERS = {
+    "default (python ftclip.py --data DIR)": ("", None),
+    "the same, lr by the batch's square root": ("", 6e-4 * (8 / 2048) ** 0.5),
+    "plain AdamW, one lr": SWEEPS["plain"][:1] + ("plain",),
+    "from scratch": ("--pretrained none --layer-decay 1 --no-freeze-patch-embed", 1e-3),
+}
+
+
+def write_images(root: Path) -> None:
+    """root/pretrain has the five first classes, root/rest the others; in ImageNet's layout."""
+    if (root / "rest").is_dir():
+        return
+    raw, part = root / "FashionMNIST/raw", root / "part"
+    raw.mkdir(parents=True, exist_ok=True)
+    for file in DEBIAN.glob("*-ubyte.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    for split in ("train", "val"):
+        images = FashionMNIST(root, train=split == "train", download=True)
+        for i, (image, label) in enumerate(images):
+            name = images.classes[label]
+            folder = part / ("pretrain" if name in PRETRAINED_ON else "rest") / split / name.split("/")[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i:05d}.png")
+    (part / "pretrain").rename(root / "pretrain")
+    (part / "rest").rename(root / "rest")
+
+
+def few_images(root: Path, seed: int) -> None:
+    """root/data-SEED has FEW training images of each class of rest, drawn by the seed, and all its validation images."""
+    data = root / f"data-{seed}"
+    for folder in sorted((root / "rest/train").iterdir()):
+        (data / "train" / folder.name).mkdir(parents=True, exist_ok=True)
+        for file in random.Random(f"{seed}/{folder.name}").sample(sorted(folder.iterdir()), FEW):
+            link = data / "train" / folder.name / file.name
+            link.exists() or link.symlink_to(file)
+    (data / "val").exists() or (data / "val").symlink_to(root / "rest/val")
+
+
+def run(output: Path, flags: str, threads: int = 1) -> list[dict]:
+    """The records of a run, which is trained if it is not finished; with "seconds" in the last one."""
+    output.mkdir(parents=True, exist_ok=True)
+    result = output / "result.json"
+    if not result.exists():
+        began, command = time.perf_counter(), [sys.executable, FTCLIP, *flags.split(), "--output", output]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with open(output / "log.txt", "a") as log:
+            subprocess.run([*command, "--workers", "1"], env=environment, stdout=log, stderr=log, check=True)
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        records[-1]["seconds"] = time.perf_counter() - began
+        result.write_text(json.dumps(records))
+        (output / "last.pt").unlink()
+    return json.loads(result.read_text())
+
+
+def pretrain(root: Path) -> str:
+    """The flags of the pretrained ViT."""
+    model, trunk = root / "vit.json", root / "trunk.pt"
+    model.write_text(json.dumps({"embed_dim": 64, "vision_cfg": VIT}))
+    flags = (
+        f"--model {model} --data {root}/pretrain --pretrained none --layer-decay 1 --no-freeze-patch-embed"
+    )
+    flags += " --lr 1e-3 --batch-size 128 --epochs 20 --warmup-epochs 2 --eval-every 10 --crop-scale 0.3"
+    records = run(root / "pretraining", flags, threads=2)
+    state = torch.load(root / "pretraining/best.pt", weights_only=True)["model"]
+    torch.save({name[6:]: value for name, value in state.items() if name.startswith("trunk.")}, trunk)
+    print(
+        f"pretraining: top-1 {records[-1]['ema_top1']:.2f} % of five classes, {records[-1]['seconds']:.0f} s"
+    )
+    return f"--model {model} --pretrained {trunk} --no-quick-gelu"
+
+
+def fine_tune(root: Path, start: str, name: str, flags: str, lr: float | None, seed: int) -> list[dict]:
+    """One run; with a learning rate, the batch is 32, else both are ftclip's defaults."""
+    epochs = 100 if "--epochs 100" in flags else 50
+    flags += f" --crop-scale 0.3 --eval-every {epochs // 2} --seed {seed} --data {root}/data-{seed}"
+    if lr:
+        batch = 8 if "square root" in name else 32
+        flags += f" --lr {lr} --batch-size {batch}"
+    label = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return run(root / f"runs/{label}-{seed}", f"{start} {flags}")
+
+
+def top1(records: list[dict]) -> float:
+    return records[-1].get("ema_top1", records[-1]["raw_top1"])
+
+
+def draw(file: Path, results: dict[str, list[list[dict]]]) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"{file.name} is drawn if matplotlib is installed (pip install matplotlib)")
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    partial = [*PARTIAL, "weaken augmentations"]
+    for axes, names, labels in (
+        (left, list(STEPS), list(STEPS)),
+        (
+            right,
+            [*partial, *OTHERS],
+            ["0", "1", "2", "3", "4", "5", "6", "default", "√ rule", "plain", "scratch"],
+        ),
+    ):
+        means = [statistics.mean(map(top1, results[name])) for name in names]
+        for i, name in enumerate(names):
+            axes.plot([i] * len(results[name]), list(map(top1, results[name])), ".", color="0.7")
+        joined = len(names) if axes is left else len(partial)
+        axes.plot(range(joined), means[:joined], "o-", color="C0")
+        axes.plot(range(joined, len(names)), means[joined:], "o", color="C1")
+        axes.set_xticks(range(len(names)), [label.replace(" ", "\n", 1) for label in labels], fontsize=7)
+        axes.grid(axis="y", alpha=0.3)
+    left.set_title("Figure 1's steps in miniature, each with those before it", fontsize=9)
+    right.set_title("tuned blocks of 6, with the recipe; then other ways", fontsize=9)
+    left.set_ylabel("top-1 after the last epoch, %", fontsize=9)
+    figure.savefig(file, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/figure1"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each")
+    args = parser.parse_args()
+    root = args.output.resolve()
+    write_images(root)
+    for seed in range(args.seeds + 1):
+        few_images(root, seed)
+    start = pretrain(root)
+    with ThreadPoolExecutor(args.jobs) as pool:
+
+        def submit(name: str, flags: str, lr: float | None, seed: int):
+            return pool.submit(fine_tune, root, start, name, flags, lr, seed)
+
+        sweeps = {
+            sweep: {lr: submit(f"sweep {sweep} {lr:g}", flags, lr, 0) for lr in rates}
+            for sweep, (flags, rates) in SWEEPS.items()
+        }
+        chosen = {}
+        for sweep, runs in sweeps.items():
+            scores = {lr: top1(future.result()) for lr, future in runs.items()}
+            chosen[sweep] = max(scores, key=scores.get)
+            text = ", ".join(f"{lr:g} {score:.2f} %" for lr, score in scores.items())
+            print(f"lr, {sweep}: {text}: {chosen[sweep]:g} is taken", flush=True)
+        table = STEPS | PARTIAL | OTHERS
+        futures = {name: [] for name in table}
+        for seed in range(1, args.seeds + 1):
+            for name, (flags, lr) in table.items():
+                futures[name].append(submit(name, flags, chosen.get(lr, lr), seed))
+        results = {name: [future.result() for future in runs] for name, runs in futures.items()}
+
+    print("| step | top-1, mean ± deviation | against the row above ± error | at half time | seconds |")
+    print("|---|---|---|---|---|")
+    above = None
+    for name, runs in results.items():
+        scores = list(map(top1, runs))
+        half = [next(record for record in run if "raw_top1" in record) for run in runs]
+        half = statistics.mean(record.get("ema_top1", record["raw_top1"]) for record in half)
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0
+        gain = ""
+        if above and name in STEPS:
+            gains = [score - other for score, other in zip(scores, above)]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
+            gain = f"{statistics.mean(gains):+.2f} ± {error:.2f}"
+        seconds = statistics.mean(run[-1]["seconds"] for run in runs)
+        print(
+            f"| {name} | {statistics.mean(scores):.2f} ± {spread:.2f} | {gain} | {half:.2f} | {seconds:.0f} |"
+        )
+        above = scores
+    draw(root / "figure1.png", results)
+
+
+if __name__ == "__main__":
+    main()
