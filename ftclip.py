@@ -45,7 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -978,6 +978,7 @@ def train(
                 return None
 
         record = {"epoch": epoch + 1, "train_loss": progress["loss_sum"] / plan.steps_per_epoch}
+        record["lr"] = optimizer.param_groups[-1]["lr"]  # the head's, at the last step
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
             share = range(system.rank, plan.num_val, system.world)  # each image in exactly one process
             images = start_loader(data_sets[1], system, sampler=share, batch_size=64)
@@ -1017,6 +1018,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval", action=on, help="only evaluate --checkpoint on DIR/val")
     add("--checkpoint", help="best.pt or last.pt for --eval")
     add("--demo", action=on, help="a tiny ViT on images that the script draws into OUTPUT/data")
+    add("--preview", help="PNG for a sheet of training images as the model gets them, instead of training")
     add("--dry-run", action=on, help="print recipe, batch chain and lr of each layer, touch nothing")
     for name, (default, least, _, meaning) in SETTINGS.items():
         meaning += f" (default {default})" * ("default" not in meaning and default is not None)
@@ -1147,6 +1149,31 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
     print("\n".join(f"{name:<20} {value}" for name, value in values.items()))
 
 
+def draw_preview(file: str, batches: Iterator, classes: list[str]) -> None:
+    """24 training images as the model gets them, enlarged to 128 pixels or more, with their classes beneath."""
+    tiles, back = [], ([-m / s for m, s in zip(CLIP_MEAN, CLIP_STD)], [1 / s for s in CLIP_STD])
+    for image, label in itertools.islice((sample for batch in batches for sample in zip(*batch)), 24):
+        tile = v2.functional.to_pil_image(normalize(255 * image.cpu(), *back).clamp(0, 1))
+        tile = ImageOps.scale(tile, math.ceil(128 / tile.width), Image.Resampling.NEAREST)
+        tile, mixed = ImageOps.expand(tile, (0, 0, 0, 14)), label.nonzero() if label.ndim else [label]
+        ImageDraw.Draw(tile).text((2, tile.height - 13), " + ".join(classes[i] for i in mixed))
+        tiles.append(v2.functional.pil_to_tensor(tile))
+    v2.functional.to_pil_image(torchvision.utils.make_grid(tiles)).save(file)
+
+
+def draw_curves(file: Path, history: list[dict]) -> None:
+    """Loss, top-1 and lr by epoch; an ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 2.6), layout="constrained")
+    for axes, keys in zip(figure.subplots(1, 3), (["train_loss"], ["raw_top1", "ema_top1"], ["lr"])):
+        for key in keys:
+            values = [record.get(key, math.nan) for record in history]
+            axes.plot([record["epoch"] for record in history], values, ".-", label=key)
+        axes.legend()
+    figure.savefig(file)
+
+
 class Monitor:
     """What is told of a run: a bar on a terminal, else a line now and then; and metrics.jsonl."""
 
@@ -1180,6 +1207,10 @@ class Monitor:
         if self.system.rank == 0:
             lines = ({"config": self.plan._asdict()}, *history)
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            try:
+                draw_curves(self.metrics.with_name("curves.png"), history)
+            except ImportError:
+                print("no curves.png: pip install matplotlib" * (len(history) == 1))
         self.since, self.waited = time.perf_counter(), 0.0
 
 
@@ -1245,7 +1276,10 @@ def main(argv: list[str] | None = None) -> int:
     start = {"model": DEMO_MODEL if args.demo else args.model, "pretrained": plan.pretrained}
     with torch.device("meta"):  # shapes without numbers: no time, no memory
         describe(plan, system, build_model(**start, **shared))
-    if args.dry_run:
+    if args.preview:
+        batches = train_batches(plan, system, data_sets[0], 0, argparse.Namespace(waited=0.0))
+        draw_preview(args.preview, batches, data_sets[0].classes)
+    if args.dry_run or args.preview:
         return 0
 
     signals = note_signals()

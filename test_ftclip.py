@@ -22,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 # Before torch looks: all but AMX, which some sandboxes announce, and then stop whoever uses it (for bf16).
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
@@ -1106,7 +1108,8 @@ def test_a_run_leaves_what_readme_says(reference, data):
     assert all(
         {"train_loss", "raw_top1", "raw_top5", "ema_top1", "ema_top5"} <= line.keys() for line in lines[1:]
     )
-    assert {path.name for path in reference.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
+    files = {"last.pt", "best.pt", "metrics.jsonl"} | ({"curves.png"} if find_spec("matplotlib") else set())
+    assert {path.name for path in reference.iterdir()} == files
     model, classes, transform = ftclip.load_classifier(reference / "best.pt")
     transform = pickle.loads(pickle.dumps(transform))  # as a dataset that holds it must be
     assert classes == CLASSES and not model.training
@@ -1118,6 +1121,50 @@ def test_a_run_leaves_what_readme_says(reference, data):
     assert model(image[None]).shape == (1, 3)
     best = max(line["ema_top1"] for line in lines[1:])
     assert ftclip.load_checkpoint(reference / "best.pt")["record"]["ema_top1"] == best
+
+
+def test_curves_show_every_epoch_and_without_matplotlib_a_line_says_so(
+    tiny, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    ftclip.main(flags(tiny, data, tmp_path / "without"))
+    assert capsys.readouterr().out.count("pip install matplotlib") == 1
+    panels = [mock.Mock() for _ in range(3)]
+    figure = mock.Mock(return_value=mock.Mock(subplots=lambda *_: panels))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", mock.Mock(Figure=figure))
+    ftclip.main(flags(tiny, data, tmp_path / "with"))
+    history = outcome(tmp_path / "with")["metrics"]
+    for panel, keys in zip(panels, (["train_loss"], ["raw_top1", "ema_top1"], ["lr"])):
+        last = panel.plot.call_args_list[-len(keys) :]  # drawn anew each epoch
+        assert [call.args[:2] for call in last] == [
+            ([1, 2, 3], [line[key] for line in history]) for key in keys
+        ]
+    assert history[0]["lr"] == 1e-3 and history[-1]["lr"] == ftclip.lr_at(8, 9, 3, 1e-3, 1e-6 * 16 / 2048)
+    assert figure().savefig.call_count == 3
+
+
+def test_preview_is_what_the_model_gets(tiny, data, tmp_path, monkeypatch):
+    seen, step = [], ftclip.train_step
+    monkeypatch.setattr(ftclip, "train_step", lambda model, batches, *a: step(model, spy(batches), *a))
+
+    def spy(batches):
+        for images, labels in batches:
+            seen.extend(zip(images.clone(), labels))
+            yield images, labels
+
+    off = ["--randaug", "9", "--random-erasing", "0.5"]
+    assert (
+        ftclip.main(flags(tiny, data, tmp_path / "run", *off, "--preview", str(tmp_path / "sheet.png"))) == 0
+    )
+    assert not (tmp_path / "run").exists()
+    ftclip.main(flags(tiny, data, tmp_path / "run", *off))
+    sheet = tensor(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (3, 3 * (128 + 14 + 2) + 2, 8 * (128 + 2) + 2)
+    for i, (image, _) in enumerate(seen[:24]):
+        top, left = 2 + i // 8 * (128 + 14 + 2), 2 + i % 8 * (128 + 2)
+        tile = sheet[:, top : top + 128 : 4, left : left + 128 : 4]  # each pixel is four wide and high
+        mean, std = (torch.tensor(CLIP[key]).view(3, 1, 1) for key in ("mean", "std"))
+        assert (tile - 255 * (image * std + mean).clamp(0, 1)).abs().max() < 1.01
 
 
 def test_best_pt_is_the_best_ema_epoch_and_the_first_step_is_saved(tiny, data, tmp_path, monkeypatch):
@@ -1703,6 +1750,24 @@ def test_every_row_of_the_recipes_runs_dry_and_changes_what_it_names(capsys, mon
                 assert float(printed[name]) == float(value), row
             elif flag == "--lr":
                 assert printed["lr"].split(" from ")[0].endswith(f"{float(value):.4e}"), row
+
+
+def test_links_of_the_recipes_lead_to_what_they_name():
+    text, lines = (HERE / "recipes.md").read_text(), Path(SCRIPT).read_text().splitlines()
+    links = re.findall(r"\[`([\w.]+)`\]\(ftclip\.py#L(\d+)\)", text)
+    defined = re.compile(r"(?:class |def )?(\w+)")
+    right = {
+        defined.match(line)[1]: i
+        for i, line in enumerate(lines, 1)
+        if re.match(r"class |def |[A-Z]\w+ = ", line)
+    }
+    assert len(links) >= 20
+    wrong = [
+        f"{name} is in line {right[name]}, not {line}" for name, line in links if right[name] != int(line)
+    ]
+    assert not wrong
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    assert len(tests) >= 12 and tests <= globals().keys()
 
 
 @pytest.mark.parametrize("what", ["loader", "step"])

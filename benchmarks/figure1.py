@@ -87,13 +87,13 @@ def few_images(root: Path, seed: int) -> None:
     (data / "val").exists() or (data / "val").symlink_to(root / "rest/val")
 
 
-def run(output: Path, flags: str, threads: int = 1) -> list[dict]:
+def run(output: Path, flags: str) -> list[dict]:
     """The records of a run, which is trained if it is not finished; with "seconds" in the last one."""
     output.mkdir(parents=True, exist_ok=True)
     result = output / "result.json"
     if not result.exists():
         began, command = time.perf_counter(), [sys.executable, FTCLIP, *flags.split(), "--output", output]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(output / "log.txt", "a") as log:
             subprocess.run([*command, "--workers", "1"], env=environment, stdout=log, stderr=log, check=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -111,7 +111,7 @@ def pretrain(root: Path) -> str:
         f"--model {model} --data {root}/pretrain --pretrained none --layer-decay 1 --no-freeze-patch-embed"
     )
     flags += " --lr 1e-3 --batch-size 128 --epochs 20 --warmup-epochs 2 --eval-every 10 --crop-scale 0.3"
-    records = run(root / "pretraining", flags, threads=2)
+    records = run(root / "pretraining", flags)
     state = torch.load(root / "pretraining/best.pt", weights_only=True)["model"]
     torch.save({name[6:]: value for name, value in state.items() if name.startswith("trunk.")}, trunk)
     print(
