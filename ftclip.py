@@ -117,11 +117,10 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     if num_images < 32 * batch:
         batch = 2 ** int(math.log2(max(1, num_images // 32)))
     batch = given.get("batch_size", max(1, batch // devices) * devices)
-    ratios = dict.fromkeys(("lr", "min_lr"), batch / recipe["batch_size"])
-    ratios["warmup_epochs"] = given.get("epochs", recipe["epochs"]) / recipe["epochs"]
-    plan = (
-        recipe | {key: recipe[key] * ratio for key, ratio in ratios.items()} | given | {"batch_size": batch}
-    )
+    ratio, stretch = batch / recipe["batch_size"], given.get("epochs", recipe["epochs"]) / recipe["epochs"]
+    scaled = {"lr": recipe["lr"] * ratio, "min_lr": recipe["min_lr"] * ratio}
+    scaled["warmup_epochs"] = recipe["warmup_epochs"] * stretch
+    plan = recipe | scaled | given | {"batch_size": batch}
     unit = devices * given.get("micro_batch_size", 1)
     if batch > num_images:
         raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
@@ -272,16 +271,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *_, **__) -> Tensor:
         """Tokens (N, tokens, width) to tokens; float32, or wider, also where autocast brings bf16."""
-        x = x.to(
-            torch.promote_types(x.dtype, torch.float32)
-        )  # a stream that all blocks add to needs the bits
-        qkv = F.linear(
-            self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias
-        )  # (N, tokens, 3 · width)
-        qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # (3, N, heads, tokens, head)
-        heads = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)  # (N, tokens, width)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # what all blocks add to needs the bits
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
+        qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))  # (N, tokens, 3, heads, width of a head)
+        heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (N, heads, tokens, ...)
+        heads = heads.transpose(1, 2).flatten(2)  # (N, tokens, width)
         drop = lambda branch: torchvision.ops.stochastic_depth(branch, self.drop_path, "row", self.training)
         x = x + drop(self.ls_1(self.attn.out_proj(heads)))
         hidden, gelu = self.mlp.c_fc(self.ln_2(x)), self.mlp.gelu
@@ -922,15 +916,11 @@ def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int
     means = all_sum(torch.stack(losses) / world).tolist()
     # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
     norm = torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
-    for i, value in enumerate([*means, norm], step - len(means) + 1):
+    found = [("loss", value, i) for i, value in enumerate(means, step - len(means) + 1)]
+    for what, value, i in [*found, ("norm of the weights", norm, step)]:
         if not math.isfinite(value):
-            what = (
-                f"loss is {value} at step {i}"
-                if i <= step
-                else f"norm of the weights is {value} at step {step}"
-            )
             way = "resume with --amp none, or start anew, with a lower --lr and another --output"
-            raise ValueError(f"the {what}; last.pt, if any, is from before it: {way}")
+            raise ValueError(f"the {what} is {value} at step {i}; last.pt, if any, is from before it: {way}")
     return means
 
 
