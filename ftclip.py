@@ -166,9 +166,8 @@ class CLIPClassifier(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
-        with torch.no_grad():
-            self.head.weight.mul_(0.001)
-            self.head.bias.mul_(0.001)
+        for parameter in self.head.parameters():
+            parameter.data.mul_(0.001)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes), float32 also under autocast, of normalised images (N, 3, S, S)."""
@@ -214,28 +213,25 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     """
     import open_clip
 
-    path, tag = pretrained, {}
-    if not os.path.isfile(path):
-        tag = open_clip.get_pretrained_cfg(model, pretrained)
-        if not tag:
-            ways = ", ".join(["a weights file", "none", *open_clip.list_pretrained_tags_by_model(model)])
-            raise ValueError(f"--pretrained {pretrained} is no file and no tag of {model}'s: give {ways}")
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    tag = {} if os.path.isfile(pretrained) else open_clip.get_pretrained_cfg(model, pretrained)
+    if not tag and not os.path.isfile(pretrained):
+        ways = ", ".join(["a weights file", "none", *open_clip.list_pretrained_tags_by_model(model)])
+        raise ValueError(f"--pretrained {pretrained} is no file and no tag of {model}'s: give {ways}")
+    names = zipfile.ZipFile(pretrained).namelist() if zipfile.is_zipfile(pretrained) else []
     torchscript = any(name.endswith("/constants.pkl") for name in names)
     quick_gelu = tag.get("quick_gelu", False) if tag else torchscript or None
     if torch.empty(0).device.type == "meta":
         return {}, quick_gelu
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it reports each of ten retries
     try:
-        path = open_clip.download_pretrained(tag) if tag else path
         if torchscript:
-            weights = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            weights = open_clip.factory.load_state_dict(path)  # strips "module."
+            weights = torch.jit.load(pretrained, map_location="cpu").state_dict()
+        else:  # load_state_dict strips "module."
+            path = open_clip.download_pretrained(tag) if tag else pretrained
+            weights = open_clip.factory.load_state_dict(path)
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        way = "a whole file of OpenAI's, open_clip's, torch.save's or safetensors' making"
-        way = "a file, none, or with a network once, as HF_HOME keeps it" if tag else way
+        way = "a file, none, or a network once (HF_HOME keeps it)" if tag else "a whole file of weights"
         raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): give {way}") from None
     if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
         weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
@@ -838,8 +834,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = str(error.__context__ or error).split("\n")[0]  # the disk's, of torch's writer
-        old = "; the older one is whole" if path.exists() else ""
-        raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere{old}") from None
+        raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()  # if it is still there
@@ -877,8 +872,8 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
     model.load_state_dict(state.get("ema") or state["model"])
-    size, statistics = model.config["vision_cfg"]["image_size"], {"mean": state["mean"], "std": state["std"]}
-    transform = functools.partial(eval_transform, image_size=size, **statistics)
+    size = model.config["vision_cfg"]["image_size"]
+    transform = functools.partial(eval_transform, image_size=size, mean=state["mean"], std=state["std"])
     return model.eval().to(device), state["classes"], transform
 
 
