@@ -1013,6 +1013,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --{name.replace('_', '-')}: {value:g} is not from {least:g} to {most:g}")
     if args.eval != bool(args.checkpoint):
         parser.error("--eval and --checkpoint FILE go together: give both or none")
+    args.model = DEMO_MODEL if args.demo else args.model
     return args
 
 
@@ -1075,21 +1076,20 @@ def draw_demo(root: Path) -> None:
 
 def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
     """Training and validation images below root, transformed by a recipe's values."""
+    ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
+    augment = RandAugment(*ops, tuple(255 * mean for mean in CLIP_MEAN)) if values["randaug"] else None
     crop = {key: values[key] for key in ("image_size", "crop_scale", "crop_aspect")}
-    if values["randaug"]:
-        ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
-        crop["augment"] = RandAugment(*ops, fill=tuple(255 * mean for mean in CLIP_MEAN))
-    augment = functools.partial(train_transform, **crop)
-    middle = functools.partial(eval_transform, image_size=values["image_size"], mean=CLIP_MEAN, std=CLIP_STD)
+    crop = functools.partial(train_transform, **crop, augment=augment)
     erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
-    train_set = FolderDataset(f"{root}/train", read_image, augment, erasing.sample, values["seed"])
+    train_set = FolderDataset(f"{root}/train", read_image, crop, erasing.sample, values["seed"])
+    middle = functools.partial(eval_transform, image_size=values["image_size"], mean=CLIP_MEAN, std=CLIP_STD)
     return train_set, FolderDataset(f"{root}/val", read_image, middle, classes=train_set.classes)
 
 
 def plan_of(args: argparse.Namespace, system: System) -> tuple:
     """(plan, data sets, output folder) of the flags; without data, a dry run is of ImageNet or the demo."""
-    model = DEMO_MODEL if args.demo else args.model
-    config, name = model_config(model), "demo" if args.demo else Path(model).stem.removesuffix("-quickgelu")
+    config = model_config(args.model)
+    name = "demo" if args.demo else Path(args.model).stem.removesuffix("-quickgelu")
     size = args.image_size or config["vision_cfg"]["image_size"]
     output = Path(args.output or ("runs/demo" if args.demo else f"runs/{name}-{size}"))
     data = args.data or (f"{output}/data" if args.demo else "imagenet")
@@ -1098,8 +1098,7 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
         draw_demo(Path(data))
     all_sum(0)  # the others wait for the images
     # The paper's recipe of this model, or of the nearest one: first by depth, then by image size.
-    known, deep = {model for model, _ in RECIPES}, config["vision_cfg"]["layers"] > 12
-    like = name if name in known else "ViT-L-14" if deep else "ViT-B-16"
+    like = "ViT-L-14" if config["vision_cfg"]["layers"] > 12 else "ViT-B-16"
     key = min((key for key in RECIPES if key[0] == like), key=lambda key: abs(key[1] - size))
     recipe = RECIPES[key] | (DEMO if args.demo else {})
     given = {flag: value for flag, value in vars(args).items() if flag in recipe and value is not None}
@@ -1109,9 +1108,8 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     else:
         train_set, val_set = data_sets = open_data(data, recipe | given)
         given |= {"num_classes": len(train_set.classes), "num_images": len(train_set)}
-        given["num_val"] = len(val_set)
         names = "\n".join(path[len(data) :] for path, _ in train_set.samples + val_set.samples)
-        given["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
+        given |= {"num_val": len(val_set), "files": hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}
     return resolve(recipe, given, given["num_images"], system.world), data_sets, output
 
 
@@ -1225,11 +1223,10 @@ def main(argv: list[str] | None = None) -> int:
         evaluate_checkpoint(args, system)
         return 0
     plan, data_sets, output = plan_of(args, system)
-    shared = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
-    shared = {key: getattr(plan, key) for key in shared}
-    start = {"model": DEMO_MODEL if args.demo else args.model, "pretrained": plan.pretrained}
+    keys = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
+    build = functools.partial(build_model, **{key: getattr(plan, key) for key in keys})
     with torch.device("meta"):  # shapes without numbers: no time, no memory
-        describe(plan, system, build_model(**start, **shared))
+        describe(plan, system, build(args.model, pretrained=plan.pretrained))
     if args.dry_run:
         return 0
 
@@ -1238,12 +1235,11 @@ def main(argv: list[str] | None = None) -> int:
     config = {key: value for key, value in plan._asdict().items() if key not in may_change}
     state = read_last(output, config)
     torch.manual_seed(plan.seed)
-    start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
-    classifier = build_model(**start, **shared).to(system.device)
-    classifier.trunk.set_grad_checkpointing(args.grad_checkpointing)
-    step = state["step"] if state else 0
+    # A run that goes on has its weights in last.pt.
+    classifier = build(state["model_config"]) if state else build(args.model, pretrained=plan.pretrained)
+    classifier.to(system.device).trunk.set_grad_checkpointing(args.grad_checkpointing)
     if state:
-        print(f"resumed from {output}/last.pt, step {step}")
+        print(f"resumed from {output}/last.pt, step {state['step']}")
     head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
     head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
@@ -1251,7 +1247,7 @@ def main(argv: list[str] | None = None) -> int:
         if system.rank == 0:
             save_checkpoint(output / name, head | contents)
 
-    monitor = Monitor(plan, system, step, output / "metrics.jsonl")
+    monitor = Monitor(plan, system, state["step"] if state else 0, output / "metrics.jsonl")
     history = train(plan, system, classifier, state, data_sets, save, monitor, signals)
     monitor.bar.close()
     with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
