@@ -1200,17 +1200,6 @@ def note_signals() -> list[int]:
     return noted
 
 
-def evaluate_checkpoint(args: argparse.Namespace, system: System) -> None:
-    """What --eval does."""
-    model, classes, transform = load_classifier(args.checkpoint, system.device)
-    val_set = FolderDataset(f"{args.data or 'imagenet'}/val", read_image, transform, classes=classes)
-    share = range(system.rank, len(val_set), system.world)
-    images = start_loader(val_set, system, sampler=share, batch_size=args.micro_batch_size or 64)
-    result = evaluate({"model": model}, images, system.amp_dtype)
-    text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
-    print(f"{args.checkpoint}, at {model.config['vision_cfg']['image_size']} pixels: {text.format(**result)}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Do what the flags say; nothing but the demo's images is written before everything has been checked.
 
@@ -1220,8 +1209,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     system = make_system(args)
     if args.eval:
-        evaluate_checkpoint(args, system)
+        model, classes, transform = load_classifier(args.checkpoint, system.device)
+        val_set = FolderDataset(f"{args.data or 'imagenet'}/val", read_image, transform, classes=classes)
+        share = range(system.rank, len(val_set), system.world)
+        images = start_loader(val_set, system, sampler=share, batch_size=args.micro_batch_size or 64)
+        result = evaluate({"model": model}, images, system.amp_dtype)
+        text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
+        print(f"{args.checkpoint}, {model.config['vision_cfg']['image_size']} pixels:", text.format(**result))
         return 0
+
     plan, data_sets, output = plan_of(args, system)
     keys = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
     build = functools.partial(build_model, **{key: getattr(plan, key) for key in keys})
@@ -1268,23 +1264,23 @@ def run() -> int:
         return stop.code
     except KeyboardInterrupt:  # outside training, where there is nothing to save
         return 128 + signal.SIGINT
-    except Exception as caught:  # noqa: BLE001
-        error, trace, sentence = caught, traceback.format_exc().rstrip(), None
-    last = str(error).rstrip(". \n").split("\n")[-1]
-    # A sentence of this file's, perhaps from a loader's worker, whose traceback is then part of the message.
-    if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
-        sentence = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
-    elif isinstance(error, OSError):
-        sentence = str(error)
-    elif isinstance(error, RuntimeError) and "out of memory" in str(error):
-        sentence = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
-    elif isinstance(error, RuntimeError) and re.search("DataLoader worker|shared memory|open files", last):
-        way = "if memory, /dev/shm (in Docker: --ipc=host) or ulimit -n is too small, lower --workers"
-        sentence = f"{last}: {way}; the same command resumes the run"
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # most likely rank 0 has said the same, or has died, and torchrun now ends the others
-    print(f"ftclip: {sentence}" if sentence else trace, file=sys.stderr)
-    return 2 if sentence else 1
+    except Exception as error:  # noqa: BLE001
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # most likely rank 0 has said the same, or died, and torchrun now ends the others
+        trace, text = traceback.format_exc().rstrip(), str(error).rstrip(". \n")
+        last = text.split("\n")[-1]
+        # A sentence of this file's, perhaps from a loader's worker, whose traceback is part of its message.
+        if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
+            text = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
+        elif "out of memory" in text:
+            text = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
+        elif re.search("DataLoader worker|shared memory|open files", last):
+            text = f"{last}: if memory, /dev/shm (Docker: --ipc=host) or ulimit -n is small, lower --workers"
+        elif not isinstance(error, OSError):
+            print(trace, file=sys.stderr)
+            return 1
+        print(f"ftclip: {text}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
