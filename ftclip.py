@@ -1045,30 +1045,20 @@ def make_system(args: argparse.Namespace) -> System:
     return System(rank, world, device, amp_dtype, workers, args.compile)
 
 
-DEMO_IMAGES = {"train": 500, "val": 100}  # of each class
-DEMO_CLASSES = {
-    "checkerboard": lambda x, y: torch.sin(x) * torch.sin(y),
-    "diagonals": lambda x, y: torch.sin(x + y),
-    "dots": lambda x, y: torch.sin(x) + torch.sin(y) - 1,
-    "pillars": lambda x, y: torch.sin(x),
-    "rings": lambda x, y: torch.sin(torch.hypot(x, y)),
-    "stripes": lambda x, y: torch.sin(y),
-}
-
-
 def draw_demo(root: Path) -> None:
     """The demo's images: 32x32 PNGs of six patterns in two random colours, in ImageNet's layout."""
-    rng = random.Random(0)
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    part = root.with_name(root.name + ".part")  # renamed when whole
-    for split, name in itertools.product(DEMO_IMAGES, DEMO_CLASSES):
+    rng, part = random.Random(0), root.with_name(root.name + ".part")  # renamed when whole
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    classes = ("checkerboard", "diagonals", "dots", "pillars", "rings", "stripes")
+    for split, name in itertools.product(("train", "val"), classes):
         (part / split / name).mkdir(parents=True, exist_ok=True)
-        for i in range(DEMO_IMAGES[split]):
+        for i in range(500 if split == "train" else 100):
             wave = 2 * math.pi / rng.uniform(6, 10)  # radians per pixel
-            left, top = rng.uniform(0, 32), rng.uniform(0, 32)
-            ink = (DEMO_CLASSES[name]((x - left) * wave, (y - top) * wave) > 0).long()  # (32, 32)
-            dark_and_light = rng.sample((0, 156), 2)
-            colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in dark_and_light]
+            x, y = (columns - rng.uniform(0, 32)) * wave, (rows - rng.uniform(0, 32)) * wave
+            waves = {"checkerboard": x.sin() * y.sin(), "dots": x.sin() + y.sin() - 1, "stripes": y.sin()}
+            waves |= {"diagonals": (x + y).sin(), "rings": x.hypot(y).sin(), "pillars": x.sin()}
+            ink = (waves[name] > 0).long()  # (32, 32)
+            colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in rng.sample((0, 156), 2)]
             image = torch.tensor(colours, dtype=torch.uint8)[ink]  # (32, 32, 3)
             Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
     part.rename(root)
