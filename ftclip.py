@@ -847,9 +847,8 @@ def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # by the checksums, at which torch does not look
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
+            if damaged := archive.testzip():  # by the checksums, at which torch does not look
+                raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever zip, zlib and torch say of damaged bytes
         reason = str(error).split("\n")[0]
@@ -893,8 +892,7 @@ def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict
         progress = {name: state[name] for name in progress}
     model = torch.compile(classifier) if system.compile else classifier
     if dist.is_initialized():
-        ids = [device] if device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three or more
         # processes. It is made to do so here, or the first step after a restart would be rounded differently.
         images = torch.zeros(plan.micro_batch_size, 3, plan.image_size, plan.image_size, device=device)
@@ -1276,6 +1274,5 @@ def run() -> int:
 if __name__ == "__main__":
     status = run()
     sys.stdout.flush()
-    sys.stderr.flush()
     # Python's own end would wait for threads of gloo's, in torch 2.6 for ever. Workers end with their parent.
     os._exit(status)
