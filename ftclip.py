@@ -918,13 +918,12 @@ def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int
 
 
 def train(
-    plan: tuple, system: System, classifier: nn.Module, state: dict | None, data_sets, save, monitor, stops
+    plan: tuple, system: System, classifier: nn.Module, state: dict | None, data_sets, save, monitor
 ) -> list[dict] | None:
     """The loop: steps, from wherever the run is, and at the end of each epoch an evaluation.
 
     Returns a record for each epoch, or None if it was stopped: a signal in any process ends it after a step,
-    which is saved, or within an evaluation. `state` is last.pt's, save(name, contents) writes a checkpoint,
-    `stops` is the list that grows by each stop signal.
+    which is saved, or within an evaluation. `state` is last.pt's, save(name, contents) writes a checkpoint.
     """
     model, parts, progress = prepare(plan, system, classifier, state)
     optimizer, scaler, ema = parts["optimizer"], parts["scaler"], parts.get("ema")
@@ -947,7 +946,7 @@ def train(
             progress["step"] = step + 1
             monitor.bar.update()
 
-            stop = all_sum(len(stops)).item() > 0
+            stop = all_sum(len(monitor.stops)).item() > 0
             # The first step of a start is saved too: a full disk shows before an epoch is lost to it.
             due = stop or step + 1 == end or step == first or (step + 1) % (plan.save_every or end) == 0
             if due or (step + 1) % LOG_EVERY == 0:
@@ -964,7 +963,7 @@ def train(
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
             share = range(system.rank, plan.num_val, system.world)  # each image in exactly one process
             images = start_loader(data_sets[1], system, sampler=share, batch_size=64)
-            images = itertools.takewhile(lambda _: not stops, images)
+            images = itertools.takewhile(lambda _: not monitor.stops, images)
             record |= evaluate(models, images, system.amp_dtype)
             if record["images"] < plan.num_val:  # summed: if one process was stopped, all know
                 return None
@@ -1119,13 +1118,23 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
 
 
 class Monitor:
-    """What is told of a run: a bar on a terminal, else a line now and then; and metrics.jsonl."""
+    """What a run tells, by a bar on a terminal or else lines, and metrics.jsonl; what it is told: `stops`."""
 
     def __init__(self, plan: tuple, system: System, step: int, metrics: Path) -> None:
         self.plan, self.system, self.metrics = plan, system, metrics
         quiet = True if system.rank else None  # None: if it is no terminal
         self.bar = tqdm(total=plan.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
         self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data since then
+        self.stops: list[int] = []  # only noted: torchrun may send several, which mean no more than one
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+                signal.signal(number, self.note_stop)
+
+    def note_stop(self, number: int, _) -> None:
+        """What a stop signal does from now on."""
+        self.stops.append(number)
+        with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
+            os.write(2, b"\nftclip: stopping as soon as all is saved\n" * (len(self.stops) == 1))
 
     def report(self, step: int, steps: int, loss: float, lr: float) -> None:
         """Loss and lr of the last of some steps, and how fast they were."""
@@ -1173,21 +1182,6 @@ def read_last(output: Path, config: dict) -> dict | None:
     return state
 
 
-def note_signals() -> list[int]:
-    """The stop signals from now on: only noted, as torchrun may send several, which mean no more than one."""
-    noted: list[int] = []
-
-    def note(number: int, _) -> None:
-        noted.append(number)
-        with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
-            os.write(2, b"\nftclip: stopping as soon as all is saved\n" * (len(noted) == 1))
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
-            signal.signal(number, note)
-    return noted
-
-
 def main(argv: list[str] | None = None) -> int:
     """Do what the flags say; nothing but the demo's images is written before everything has been checked.
 
@@ -1214,7 +1208,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return 0
 
-    signals = note_signals()
     may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
     config = {key: value for key, value in plan._asdict().items() if key not in may_change}
     state = read_last(output, config)
@@ -1232,7 +1225,7 @@ def main(argv: list[str] | None = None) -> int:
             save_checkpoint(output / name, head | contents)
 
     monitor = Monitor(plan, system, state["step"] if state else 0, output / "metrics.jsonl")
-    history = train(plan, system, classifier, state, data_sets, save, monitor, signals)
+    history, signals = train(plan, system, classifier, state, data_sets, save, monitor), monitor.stops
     monitor.bar.close()
     with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
         all_sum(0)
