@@ -581,18 +581,6 @@ def eval_transform(image: Tensor | Image.Image, image_size: int, mean: tuple, st
     return normalize(v2.functional.center_crop(image, [image_size]), mean, std)
 
 
-def augment_on_device(
-    images: Tensor, boxes: Tensor, labels: Tensor, device: torch.device, erasing: RandomErasing, mixes: list
-) -> tuple[Tensor, Tensor]:
-    """What happens to a micro-batch on the device: normalised, erased, mixed (by one of mixes, if there are).
-
-    From uint8 (N, 3, S, S), boxes (N, 4), labels (N,) to float32 images, labels (N, num_classes) if mixed.
-    """
-    images = normalize(images.to(device, non_blocking=True), CLIP_MEAN, CLIP_STD)
-    images, labels = erasing(images, boxes.tolist()), labels.to(device, non_blocking=True)
-    return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
-
-
 # ---------------------------------------------------------------------------------------------- data
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
@@ -716,6 +704,8 @@ def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
 def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, monitor: "Monitor") -> Iterator:
     """This process's micro-batches for train_step, from optimizer step `first` on.
 
+    Workers give uint8 images (N, 3, S, S), boxes (N, 4), labels (N,). On the device they become float32 images,
+    normalised, erased and mixed (by MixUp or CutMix, if on, and labels are then (N, num_classes)).
     Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global
     batch: the same after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
     """
@@ -731,7 +721,9 @@ def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, mon
             images, boxes, labels = next(samples)
             monitor.waited += time.perf_counter() - began
             torch.manual_seed(random.Random(f"{plan.seed}/{step}/{place}").getrandbits(63))
-            yield augment_on_device(images, boxes, labels, system.device, erasing, mixes)
+            images = normalize(images.to(system.device, non_blocking=True), CLIP_MEAN, CLIP_STD)
+            images, labels = erasing(images, boxes.tolist()), labels.to(system.device, non_blocking=True)
+            yield v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
 
 
 # ---------------------------------------------------------------------------------------------- training

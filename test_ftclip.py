@@ -1674,7 +1674,7 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
     kinds = (ast.FunctionDef, ast.ClassDef)
     public = {n.name for n in ast.parse(above).body if isinstance(n, kinds)}
     # What belongs to a run of this program: it takes its plan and system.
-    run = {"nearest_recipe", "resolve", "augment_on_device", "start_loader", "train_batches"}
+    run = {"resolve", "start_loader", "train_batches"}
     run |= {"all_sum", "prepare", "checked_losses", "train"}
     assert public - run == uses.keys()
     for name, use in uses.items():
