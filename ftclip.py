@@ -677,16 +677,14 @@ class MicroBatches(Sampler):
         return len(self.steps) * (self.batch_size // self.world // self.micro_batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share, shuffled = self.batch_size // self.world, None
-        for step in self.steps:
-            epoch, position = divmod(step, self.num_images // self.batch_size)
-            if epoch != shuffled:
-                seed, shuffled = random.Random(f"{self.seed}/{epoch}").getrandbits(63), epoch
-                generator = torch.Generator().manual_seed(seed)
-                order = torch.randperm(self.num_images, generator=generator).tolist()
-            first = position * self.batch_size + self.rank * share
-            for i in range(first, first + share, self.micro_batch_size):
-                yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
+        share, per_epoch = self.batch_size // self.world, self.num_images // self.batch_size
+        for epoch, steps in itertools.groupby(self.steps, lambda step: step // per_epoch):
+            seed = random.Random(f"{self.seed}/{epoch}").getrandbits(63)
+            order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+            for step in steps:
+                first = step % per_epoch * self.batch_size + self.rank * share
+                for i in range(first, first + share, self.micro_batch_size):
+                    yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
 
 
 def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
@@ -964,8 +962,7 @@ def train(
         history.append(record)
         progress["loss_sum"] = 0.0
         monitor.end_epoch(history)
-        if epoch + 1 == plan.epochs:
-            save_last()
+    save_last()
     return history
 
 
@@ -1233,8 +1230,6 @@ def run() -> int:
     """main(), with what a user can put right as one sentence on stderr; the exit status."""
     try:
         return main()
-    except SystemExit as stop:  # argparse's
-        return stop.code
     except KeyboardInterrupt:  # outside training, where there is nothing to save
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001
