@@ -315,12 +315,11 @@ def build_model(
         near = f"{max(1, size // patch) * patch} or {(max(1, size // patch) + 1) * patch}"
         raise ValueError(f"--image-size {size} is not a multiple of the patch of {patch} pixels: try {near}")
     weights, needed = ({}, config["quick_gelu"]) if pretrained == "none" else load_weights(name, pretrained)
-    if quick_gelu is None:
-        quick_gelu = (config["quick_gelu"] or None) if needed is None else needed
-    if quick_gelu is None:  # GELU where QuickGELU belongs would cost accuracy in silence
+    known = [value for value in (quick_gelu, needed, config["quick_gelu"] or None) if value is not None]
+    if not known:  # GELU where QuickGELU belongs would cost accuracy in silence
         way = "give --quick-gelu for OpenAI's weights, or else --no-quick-gelu"
         raise ValueError(f"--pretrained {pretrained} does not say its activation: {way}")
-    config["quick_gelu"], vision["image_size"] = quick_gelu, size
+    config["quick_gelu"], vision["image_size"] = known[0], size
 
     # open_clip builds towers in pairs: ask for the smallest text tower, and drop it at once.
     text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -637,8 +636,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
             reason = error.strerror or str(error).rstrip(". \n")
             way = "--data DIR needs readable images in DIR/train/<class>/ and DIR/val/<class>/"
             raise ValueError(f"cannot use {error.filename or root} ({reason}): {way}") from None
-        some = sorted(set(classes or self.classes) ^ set(self.classes))[:5]
-        if some:
+        if some := sorted(set(classes or self.classes) ^ set(self.classes))[:5]:
             raise ValueError(f"{root} has other classes than expected, such as {some}: match them")
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
