@@ -1150,25 +1150,6 @@ class Monitor:
         self.since, self.waited = time.perf_counter(), 0.0
 
 
-def read_last(output: Path, config: dict) -> dict | None:
-    """What last.pt in there holds, if anything; ValueError if it is of another run."""
-    last, best = output / "last.pt", output / "best.pt"
-    state = load_checkpoint(last) if last.exists() else None
-    if state is None and best.exists():
-        raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
-    was = state["config"] if state else config
-    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
-    if changes:
-        way = "give its values to resume it, or another --output"
-        raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
-    if dist.is_initialized():  # also, nobody may write before everybody has looked
-        views: list = [None] * dist.get_world_size()
-        dist.all_gather_object(views, (state and state["step"], config))
-        if any(view != views[0] for view in views):
-            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
-    return state
-
-
 def main(argv: list[str] | None = None) -> int:
     """Do what the flags say; nothing but the demo's images is written before everything has been checked.
 
@@ -1197,13 +1178,27 @@ def main(argv: list[str] | None = None) -> int:
 
     may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
     config = {key: value for key, value in plan._asdict().items() if key not in may_change}
-    state = read_last(output, config)
+    last, best = output / "last.pt", output / "best.pt"
+    state = load_checkpoint(last) if last.exists() else None
+    if state is None and best.exists():
+        raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
+    step, was = (state["step"], state["config"]) if state else (0, config)
+    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
+    if changes:
+        way = "give its values to resume it, or another --output"
+        raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
+    if dist.is_initialized():  # also, nobody may write before everybody has looked
+        views: list = [None] * system.world
+        dist.all_gather_object(views, (step, config))
+        if any(view != views[0] for view in views):
+            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
+
     torch.manual_seed(plan.seed)
     # A run that goes on has its weights in last.pt.
     classifier = build(state["model_config"]) if state else build(args.model, pretrained=plan.pretrained)
     classifier.to(system.device).trunk.set_grad_checkpointing(args.grad_checkpointing)
     if state:
-        print(f"resumed from {output}/last.pt, step {state['step']}")
+        print(f"resumed from {last}, step {step}")
     head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
     head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
@@ -1211,16 +1206,16 @@ def main(argv: list[str] | None = None) -> int:
         if system.rank == 0:
             save_checkpoint(output / name, head | contents)
 
-    monitor = Monitor(plan, system, state["step"] if state else 0, output / "metrics.jsonl")
+    monitor = Monitor(plan, system, step, output / "metrics.jsonl")
     history, signals = train(plan, system, classifier, state, data_sets, save, monitor), monitor.stops
     monitor.bar.close()
     with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
         all_sum(0)
     if history:
-        print(f"finished: {output}/best.pt has the best weights, chosen on val itself")
+        print(f"finished: {best} has the best weights, chosen on val itself")
         return 0
     name = signal.Signals(signals[0]).name if signals else "a signal to another process"
-    print(f"stopped by {name}: the same command resumes from {output}/last.pt")
+    print(f"stopped by {name}: the same command resumes from {last}")
     return 128 + (signals[0] if signals else signal.SIGTERM)
 
 
