@@ -191,12 +191,12 @@ def model_config(model: str | dict) -> dict:
             model = json.loads(Path(name).read_text())
         config = open_clip.get_model_config(model) if isinstance(model, str) else copy.deepcopy(model)
         vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
+        if type(vision["layers"]) is list or vision.get("timm_model_name") or vision.get("attentional_pool"):
+            raise ValueError("a ResNet, a tower of timm's, or another head")
         config = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
     except (ValueError, TypeError, KeyError):
-        way = "give a ViT such as ViT-B-16 (all: open_clip.list_models()) or a model-config JSON"
-        raise ValueError(f"--model {name} is not known to open_clip: {way}") from None
-    if isinstance(vision["layers"], list) or "timm_model_name" in vision or vision.get("attentional_pool"):
-        raise ValueError(f"--model {name} is not a plain ViT of open_clip's: choose one, such as ViT-B-16")
+        way = "give one such as ViT-B-16 (all: open_clip.list_models()) or a model-config JSON"
+        raise ValueError(f"--model {name} is not a plain ViT known to open_clip: {way}") from None
     return config | {"vision_cfg": vision}
 
 
@@ -905,13 +905,12 @@ def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int
     return means
 
 
-def train(
-    plan: tuple, system: System, classifier: nn.Module, state: dict | None, data_sets, save, monitor
-) -> list[dict] | None:
+def train(plan: tuple, system: System, classifier: nn.Module, state, data_sets, save, monitor) -> list | None:
     """The loop: steps, from wherever the run is, and at the end of each epoch an evaluation.
 
     Returns a record for each epoch, or None if it was stopped: a signal in any process ends it after a step,
-    which is saved, or within an evaluation. `state` is last.pt's, save(name, contents) writes a checkpoint.
+    which is saved, or within an evaluation. `state` is last.pt's if there is one, data_sets are for training
+    and validation, save(name, contents) writes a checkpoint.
     """
     model, parts, progress = prepare(plan, system, classifier, state)
     optimizer, scaler, ema = parts["optimizer"], parts["scaler"], parts.get("ema")
@@ -1016,8 +1015,7 @@ def make_system(args: argparse.Namespace) -> System:
         # The others may have to wait while rank 0 writes a large file to a slow disk.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
         if restarts and not rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            way = "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-            print(f"--max-restarts will fail, as new processes will look for those that died: {way}")
+            print("put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or restarts look for the dead")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1527,7 +1527,7 @@ WALLS = {  # what is wrong → what the sentence must name
     "--data newline": r"cannot read image .*ant/a b\.png",
     "--batch-size 49": "49 is more than 48",
     "--batch-size 18": "18 is not a multiple of 1 device.* x 4 .* 16 or 20",
-    "--model ViT-B/16": "ViT-B/16 is not known to open_clip: give a ViT such as ViT-B-16",
+    "--model ViT-B/16": "ViT-B/16 is not a plain ViT known to open_clip: give one such as ViT-B-16",
     "--model RN50": "RN50 is not a plain ViT",
     "--model vit_medium_patch16_gap_256": "not a plain ViT",
     "--model ViT-B-16 --pretrained opnai": "give a weights file, none, openai, laion400m_e31",
