@@ -1226,15 +1226,14 @@ def run() -> int:
     except Exception as error:  # noqa: BLE001
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely rank 0 has said the same, or died, and torchrun now ends the others
-        trace, text = traceback.format_exc().rstrip(), str(error).rstrip(". \n")
-        last = text.split("\n")[-1]
+        trace, text = traceback.format_exc().rstrip(), str(error).rstrip(". \n").split("\n")[-1]
         # A sentence of this file's, perhaps from a loader's worker, whose traceback is part of its message.
         if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
             text = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
-        elif "out of memory" in text:
+        elif "out of memory" in trace:
             text = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
-        elif re.search("DataLoader worker|shared memory|open files", last):
-            text = f"{last}: if memory, /dev/shm (Docker: --ipc=host) or ulimit -n is small, lower --workers"
+        elif re.search("DataLoader worker|shared memory|open files", text):
+            text += ": if memory, /dev/shm (in Docker: --ipc=host) or ulimit -n is too small, lower --workers"
         elif not isinstance(error, OSError):
             print(trace, file=sys.stderr)
             return 1
