@@ -620,9 +620,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
 
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
-    def __init__(
-        self, root: str, load: Callable, transform: Callable, box=None, seed=0, classes=None
-    ) -> None:
+    def __init__(self, root: str, load: Callable, transform, box=None, seed=0, classes=None) -> None:
         self.box, self.seed, folders, reached = box, seed, [root], {}
         try:
             for folder in folders:  # ImageFolder would leave out what cannot be read, and follow circles
@@ -965,8 +963,6 @@ def train(plan: tuple, system: System, classifier: nn.Module, state, data_sets, 
 
 # ---------------------------------------------------------------------------------------------- the program
 # What a run computes is all above. Here flags become a plan; the rest is what is printed and refused.
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; None where one was not given. One that makes no sense ends the program with a sentence."""
     about = {"prog": "ftclip", "usage": argparse.SUPPRESS, "description": __doc__}  # no usage above errors
