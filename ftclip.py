@@ -117,10 +117,9 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     if num_images < 32 * batch:
         batch = 2 ** int(math.log2(max(1, num_images // 32)))
     batch = given.get("batch_size", max(1, batch // devices) * devices)
-    ratio, stretch = batch / recipe["batch_size"], given.get("epochs", recipe["epochs"]) / recipe["epochs"]
-    scaled = {"lr": recipe["lr"] * ratio, "min_lr": recipe["min_lr"] * ratio}
-    scaled["warmup_epochs"] = recipe["warmup_epochs"] * stretch
-    plan = recipe | scaled | given | {"batch_size": batch}
+    plan = recipe | {key: recipe[key] * (batch / recipe["batch_size"]) for key in ("lr", "min_lr")}
+    plan["warmup_epochs"] *= given.get("epochs", recipe["epochs"]) / recipe["epochs"]
+    plan |= given | {"batch_size": batch}
     unit = devices * given.get("micro_batch_size", 1)
     if batch > num_images:
         raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
