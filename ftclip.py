@@ -117,11 +117,9 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     if num_images < 32 * batch:
         batch = 2 ** int(math.log2(max(1, num_images // 32)))
     batch = given.get("batch_size", max(1, batch // devices) * devices)
-    ratios = dict.fromkeys(("lr", "min_lr"), batch / recipe["batch_size"])
-    ratios["warmup_epochs"] = given.get("epochs", recipe["epochs"]) / recipe["epochs"]
-    plan = (
-        recipe | {key: recipe[key] * ratio for key, ratio in ratios.items()} | given | {"batch_size": batch}
-    )
+    plan = recipe | {key: recipe[key] * (batch / recipe["batch_size"]) for key in ("lr", "min_lr")}
+    plan["warmup_epochs"] *= given.get("epochs", recipe["epochs"]) / recipe["epochs"]
+    plan |= given | {"batch_size": batch}
     unit = devices * given.get("micro_batch_size", 1)
     if batch > num_images:
         raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
@@ -167,9 +165,8 @@ class CLIPClassifier(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
-        with torch.no_grad():
-            self.head.weight.mul_(0.001)
-            self.head.bias.mul_(0.001)
+        for parameter in self.head.parameters():
+            parameter.data.mul_(0.001)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes), float32 also under autocast, of normalised images (N, 3, S, S)."""
@@ -193,12 +190,12 @@ def model_config(model: str | dict) -> dict:
             model = json.loads(Path(name).read_text())
         config = open_clip.get_model_config(model) if isinstance(model, str) else copy.deepcopy(model)
         vision = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768} | config["vision_cfg"]
+        if type(vision["layers"]) is list or vision.get("timm_model_name") or vision.get("attentional_pool"):
+            raise ValueError("a ResNet, a tower of timm's, or another head")
         config = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
     except (ValueError, TypeError, KeyError):
-        way = "give a ViT such as ViT-B-16 (all: open_clip.list_models()) or a model-config JSON"
-        raise ValueError(f"--model {name} is not known to open_clip: {way}") from None
-    if isinstance(vision["layers"], list) or "timm_model_name" in vision or vision.get("attentional_pool"):
-        raise ValueError(f"--model {name} is not a plain ViT of open_clip's: choose one, such as ViT-B-16")
+        way = "give one such as ViT-B-16 (all: open_clip.list_models()) or a model-config JSON"
+        raise ValueError(f"--model {name} is not a plain ViT known to open_clip: {way}") from None
     return config | {"vision_cfg": vision}
 
 
@@ -215,28 +212,25 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
     """
     import open_clip
 
-    path, tag = pretrained, {}
-    if not os.path.isfile(path):
-        tag = open_clip.get_pretrained_cfg(model, pretrained)
-        if not tag:
-            ways = ", ".join(["a weights file", "none", *open_clip.list_pretrained_tags_by_model(model)])
-            raise ValueError(f"--pretrained {pretrained} is no file and no tag of {model}'s: give {ways}")
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    tag = {} if os.path.isfile(pretrained) else open_clip.get_pretrained_cfg(model, pretrained)
+    if not tag and not os.path.isfile(pretrained):
+        ways = ", ".join(["a weights file", "none", *open_clip.list_pretrained_tags_by_model(model)])
+        raise ValueError(f"--pretrained {pretrained} is no file and no tag of {model}'s: give {ways}")
+    names = zipfile.ZipFile(pretrained).namelist() if zipfile.is_zipfile(pretrained) else []
     torchscript = any(name.endswith("/constants.pkl") for name in names)
     quick_gelu = tag.get("quick_gelu", False) if tag else torchscript or None
     if torch.empty(0).device.type == "meta":
         return {}, quick_gelu
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it reports each of ten retries
     try:
-        path = open_clip.download_pretrained(tag) if tag else path
         if torchscript:
-            weights = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            weights = open_clip.factory.load_state_dict(path)  # strips "module."
+            weights = torch.jit.load(pretrained, map_location="cpu").state_dict()
+        else:  # load_state_dict strips "module."
+            path = open_clip.download_pretrained(tag) if tag else pretrained
+            weights = open_clip.factory.load_state_dict(path)
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        way = "a whole file of OpenAI's, open_clip's, torch.save's or safetensors' making"
-        way = "a file, none, or with a network once, as HF_HOME keeps it" if tag else way
+        way = "a file, none, or a network once (HF_HOME keeps it)" if tag else "a whole file of weights"
         raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): give {way}") from None
     if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
         weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
@@ -272,16 +266,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *_, **__) -> Tensor:
         """Tokens (N, tokens, width) to tokens; float32, or wider, also where autocast brings bf16."""
-        x = x.to(
-            torch.promote_types(x.dtype, torch.float32)
-        )  # a stream that all blocks add to needs the bits
-        qkv = F.linear(
-            self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias
-        )  # (N, tokens, 3 · width)
-        qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # (3, N, heads, tokens, head)
-        heads = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)  # (N, tokens, width)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # what all blocks add to needs the bits
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
+        qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))  # (N, tokens, 3, heads, width of a head)
+        heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (N, heads, tokens, ...)
+        heads = heads.transpose(1, 2).flatten(2)  # (N, tokens, width)
         drop = lambda branch: torchvision.ops.stochastic_depth(branch, self.drop_path, "row", self.training)
         x = x + drop(self.ls_1(self.attn.out_proj(heads)))
         hidden, gelu = self.mlp.c_fc(self.ln_2(x)), self.mlp.gelu
@@ -325,12 +314,11 @@ def build_model(
         near = f"{max(1, size // patch) * patch} or {(max(1, size // patch) + 1) * patch}"
         raise ValueError(f"--image-size {size} is not a multiple of the patch of {patch} pixels: try {near}")
     weights, needed = ({}, config["quick_gelu"]) if pretrained == "none" else load_weights(name, pretrained)
-    if quick_gelu is None:
-        quick_gelu = (config["quick_gelu"] or None) if needed is None else needed
-    if quick_gelu is None:  # GELU where QuickGELU belongs would cost accuracy in silence
+    known = [value for value in (quick_gelu, needed, config["quick_gelu"] or None) if value is not None]
+    if not known:  # GELU where QuickGELU belongs would cost accuracy in silence
         way = "give --quick-gelu for OpenAI's weights, or else --no-quick-gelu"
         raise ValueError(f"--pretrained {pretrained} does not say its activation: {way}")
-    config["quick_gelu"], vision["image_size"] = quick_gelu, size
+    config["quick_gelu"], vision["image_size"] = known[0], size
 
     # open_clip builds towers in pairs: ask for the smallest text tower, and drop it at once.
     text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -591,18 +579,6 @@ def eval_transform(image: Tensor | Image.Image, image_size: int, mean: tuple, st
     return normalize(v2.functional.center_crop(image, [image_size]), mean, std)
 
 
-def augment_on_device(
-    images: Tensor, boxes: Tensor, labels: Tensor, device: torch.device, erasing: RandomErasing, mixes: list
-) -> tuple[Tensor, Tensor]:
-    """What happens to a micro-batch on the device: normalised, erased, mixed (by one of mixes, if there are).
-
-    From uint8 (N, 3, S, S), boxes (N, 4), labels (N,) to float32 images, labels (N, num_classes) if mixed.
-    """
-    images = normalize(images.to(device, non_blocking=True), CLIP_MEAN, CLIP_STD)
-    images, labels = erasing(images, boxes.tolist()), labels.to(device, non_blocking=True)
-    return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
-
-
 # ---------------------------------------------------------------------------------------------- data
 def read_image(path: str | os.PathLike) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), also if it is grey, palette, transparent, 16-bit or CMYK.
@@ -643,9 +619,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
 
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
-    def __init__(
-        self, root: str, load: Callable, transform: Callable, box=None, seed=0, classes=None
-    ) -> None:
+    def __init__(self, root: str, load: Callable, transform, box=None, seed=0, classes=None) -> None:
         self.box, self.seed, folders, reached = box, seed, [root], {}
         try:
             for folder in folders:  # ImageFolder would leave out what cannot be read, and follow circles
@@ -659,8 +633,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
             reason = error.strerror or str(error).rstrip(". \n")
             way = "--data DIR needs readable images in DIR/train/<class>/ and DIR/val/<class>/"
             raise ValueError(f"cannot use {error.filename or root} ({reason}): {way}") from None
-        some = sorted(set(classes or self.classes) ^ set(self.classes))[:5]
-        if some:
+        if some := sorted(set(classes or self.classes) ^ set(self.classes))[:5]:
             raise ValueError(f"{root} has other classes than expected, such as {some}: match them")
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
@@ -699,16 +672,14 @@ class MicroBatches(Sampler):
         return len(self.steps) * (self.batch_size // self.world // self.micro_batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share, shuffled = self.batch_size // self.world, None
-        for step in self.steps:
-            epoch, position = divmod(step, self.num_images // self.batch_size)
-            if epoch != shuffled:
-                seed, shuffled = random.Random(f"{self.seed}/{epoch}").getrandbits(63), epoch
-                generator = torch.Generator().manual_seed(seed)
-                order = torch.randperm(self.num_images, generator=generator).tolist()
-            first = position * self.batch_size + self.rank * share
-            for i in range(first, first + share, self.micro_batch_size):
-                yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
+        share, per_epoch = self.batch_size // self.world, self.num_images // self.batch_size
+        for epoch, steps in itertools.groupby(self.steps, lambda step: step // per_epoch):
+            seed = random.Random(f"{self.seed}/{epoch}").getrandbits(63)
+            order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+            for step in steps:
+                first = step % per_epoch * self.batch_size + self.rank * share
+                for i in range(first, first + share, self.micro_batch_size):
+                    yield [(epoch, index) for index in order[i : i + self.micro_batch_size]]
 
 
 def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
@@ -726,6 +697,8 @@ def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
 def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, monitor: "Monitor") -> Iterator:
     """This process's micro-batches for train_step, from optimizer step `first` on.
 
+    Workers give uint8 images (N, 3, S, S), boxes (N, 4), labels (N,). On the device they become float32 images,
+    normalised, erased and mixed (by MixUp or CutMix, if on, and labels are then (N, num_classes)).
     Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global
     batch: the same after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
     """
@@ -741,7 +714,9 @@ def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, mon
             images, boxes, labels = next(samples)
             monitor.waited += time.perf_counter() - began
             torch.manual_seed(random.Random(f"{plan.seed}/{step}/{place}").getrandbits(63))
-            yield augment_on_device(images, boxes, labels, system.device, erasing, mixes)
+            images = normalize(images.to(system.device, non_blocking=True), CLIP_MEAN, CLIP_STD)
+            images, labels = erasing(images, boxes.tolist()), labels.to(system.device, non_blocking=True)
+            yield v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -844,8 +819,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = str(error.__context__ or error).split("\n")[0]  # the disk's, of torch's writer
-        old = "; the older one is whole" if path.exists() else ""
-        raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere{old}") from None
+        raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()  # if it is still there
@@ -858,9 +832,8 @@ def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # by the checksums, at which torch does not look
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
+            if damaged := archive.testzip():  # by the checksums, at which torch does not look
+                raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever zip, zlib and torch say of damaged bytes
         reason = str(error).split("\n")[0]
@@ -883,8 +856,8 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
     model.load_state_dict(state.get("ema") or state["model"])
-    size, statistics = model.config["vision_cfg"]["image_size"], {"mean": state["mean"], "std": state["std"]}
-    transform = functools.partial(eval_transform, image_size=size, **statistics)
+    size = model.config["vision_cfg"]["image_size"]
+    transform = functools.partial(eval_transform, image_size=size, mean=state["mean"], std=state["std"])
     return model.eval().to(device), state["classes"], transform
 
 
@@ -904,8 +877,7 @@ def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict
         progress = {name: state[name] for name in progress}
     model = torch.compile(classifier) if system.compile else classifier
     if dist.is_initialized():
-        ids = [device] if device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         # DDP sorts its buckets anew after one backward pass, and thereby the order of sums over three or more
         # processes. It is made to do so here, or the first step after a restart would be rounded differently.
         images = torch.zeros(plan.micro_batch_size, 3, plan.image_size, plan.image_size, device=device)
@@ -922,26 +894,20 @@ def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int
     means = all_sum(torch.stack(losses) / world).tolist()
     # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
     norm = torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
-    for i, value in enumerate([*means, norm], step - len(means) + 1):
+    found = [("loss", value, i) for i, value in enumerate(means, step - len(means) + 1)]
+    for what, value, i in [*found, ("norm of the weights", norm, step)]:
         if not math.isfinite(value):
-            what = (
-                f"loss is {value} at step {i}"
-                if i <= step
-                else f"norm of the weights is {value} at step {step}"
-            )
             way = "resume with --amp none, or start anew, with a lower --lr and another --output"
-            raise ValueError(f"the {what}; last.pt, if any, is from before it: {way}")
+            raise ValueError(f"the {what} is {value} at step {i}; last.pt, if any, is from before it: {way}")
     return means
 
 
-def train(
-    plan: tuple, system: System, classifier: nn.Module, state: dict | None, data_sets, save, monitor, stops
-) -> list[dict] | None:
+def train(plan: tuple, system: System, classifier: nn.Module, state, data_sets, save, monitor) -> list | None:
     """The loop: steps, from wherever the run is, and at the end of each epoch an evaluation.
 
     Returns a record for each epoch, or None if it was stopped: a signal in any process ends it after a step,
-    which is saved, or within an evaluation. `state` is last.pt's, save(name, contents) writes a checkpoint,
-    `stops` is the list that grows by each stop signal.
+    which is saved, or within an evaluation. `state` is last.pt's if there is one, data_sets are for training
+    and validation, save(name, contents) writes a checkpoint.
     """
     model, parts, progress = prepare(plan, system, classifier, state)
     optimizer, scaler, ema = parts["optimizer"], parts["scaler"], parts.get("ema")
@@ -964,7 +930,7 @@ def train(
             progress["step"] = step + 1
             monitor.bar.update()
 
-            stop = all_sum(len(stops)).item() > 0
+            stop = all_sum(len(monitor.stops)).item() > 0
             # The first step of a start is saved too: a full disk shows before an epoch is lost to it.
             due = stop or step + 1 == end or step == first or (step + 1) % (plan.save_every or end) == 0
             if due or (step + 1) % LOG_EVERY == 0:
@@ -982,7 +948,7 @@ def train(
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
             share = range(system.rank, plan.num_val, system.world)  # each image in exactly one process
             images = start_loader(data_sets[1], system, sampler=share, batch_size=64)
-            images = itertools.takewhile(lambda _: not stops, images)
+            images = itertools.takewhile(lambda _: not monitor.stops, images)
             record |= evaluate(models, images, system.amp_dtype)
             if record["images"] < plan.num_val:  # summed: if one process was stopped, all know
                 return None
@@ -991,15 +957,12 @@ def train(
         history.append(record)
         progress["loss_sum"] = 0.0
         monitor.end_epoch(history)
-        if epoch + 1 == plan.epochs:
-            save_last()
+    save_last()
     return history
 
 
 # ---------------------------------------------------------------------------------------------- the program
 # What a run computes is all above. Here flags become a plan; the rest is what is printed and refused.
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; None where one was not given. One that makes no sense ends the program with a sentence."""
     about = {"prog": "ftclip", "usage": argparse.SUPPRESS, "description": __doc__}  # no usage above errors
@@ -1030,6 +993,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --{name.replace('_', '-')}: {value:g} is not from {least:g} to {most:g}")
     if args.eval != bool(args.checkpoint):
         parser.error("--eval and --checkpoint FILE go together: give both or none")
+    args.model = DEMO_MODEL if args.demo else args.model
     return args
 
 
@@ -1048,8 +1012,7 @@ def make_system(args: argparse.Namespace) -> System:
         # The others may have to wait while rank 0 writes a large file to a slow disk.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
         if restarts and not rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            way = "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-            print(f"--max-restarts will fail, as new processes will look for those that died: {way}")
+            print("put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or restarts look for the dead")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1061,30 +1024,20 @@ def make_system(args: argparse.Namespace) -> System:
     return System(rank, world, device, amp_dtype, workers, args.compile)
 
 
-DEMO_IMAGES = {"train": 500, "val": 100}  # of each class
-DEMO_CLASSES = {
-    "checkerboard": lambda x, y: torch.sin(x) * torch.sin(y),
-    "diagonals": lambda x, y: torch.sin(x + y),
-    "dots": lambda x, y: torch.sin(x) + torch.sin(y) - 1,
-    "pillars": lambda x, y: torch.sin(x),
-    "rings": lambda x, y: torch.sin(torch.hypot(x, y)),
-    "stripes": lambda x, y: torch.sin(y),
-}
-
-
 def draw_demo(root: Path) -> None:
     """The demo's images: 32x32 PNGs of six patterns in two random colours, in ImageNet's layout."""
-    rng = random.Random(0)
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    part = root.with_name(root.name + ".part")  # renamed when whole
-    for split, name in itertools.product(DEMO_IMAGES, DEMO_CLASSES):
+    rng, part = random.Random(0), root.with_name(root.name + ".part")  # renamed when whole
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    classes = ("checkerboard", "diagonals", "dots", "pillars", "rings", "stripes")
+    for split, name in itertools.product(("train", "val"), classes):
         (part / split / name).mkdir(parents=True, exist_ok=True)
-        for i in range(DEMO_IMAGES[split]):
+        for i in range(500 if split == "train" else 100):
             wave = 2 * math.pi / rng.uniform(6, 10)  # radians per pixel
-            left, top = rng.uniform(0, 32), rng.uniform(0, 32)
-            ink = (DEMO_CLASSES[name]((x - left) * wave, (y - top) * wave) > 0).long()  # (32, 32)
-            dark_and_light = rng.sample((0, 156), 2)
-            colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in dark_and_light]
+            x, y = (columns - rng.uniform(0, 32)) * wave, (rows - rng.uniform(0, 32)) * wave
+            waves = {"checkerboard": x.sin() * y.sin(), "dots": x.sin() + y.sin() - 1, "stripes": y.sin()}
+            waves |= {"diagonals": (x + y).sin(), "rings": x.hypot(y).sin(), "pillars": x.sin()}
+            ink = (waves[name] > 0).long()  # (32, 32)
+            colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in rng.sample((0, 156), 2)]
             image = torch.tensor(colours, dtype=torch.uint8)[ink]  # (32, 32, 3)
             Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
     part.rename(root)
@@ -1092,21 +1045,20 @@ def draw_demo(root: Path) -> None:
 
 def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
     """Training and validation images below root, transformed by a recipe's values."""
+    ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
+    augment = RandAugment(*ops, tuple(255 * mean for mean in CLIP_MEAN)) if values["randaug"] else None
     crop = {key: values[key] for key in ("image_size", "crop_scale", "crop_aspect")}
-    if values["randaug"]:
-        ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
-        crop["augment"] = RandAugment(*ops, fill=tuple(255 * mean for mean in CLIP_MEAN))
-    augment = functools.partial(train_transform, **crop)
-    middle = functools.partial(eval_transform, image_size=values["image_size"], mean=CLIP_MEAN, std=CLIP_STD)
+    crop = functools.partial(train_transform, **crop, augment=augment)
     erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
-    train_set = FolderDataset(f"{root}/train", read_image, augment, erasing.sample, values["seed"])
+    train_set = FolderDataset(f"{root}/train", read_image, crop, erasing.sample, values["seed"])
+    middle = functools.partial(eval_transform, image_size=values["image_size"], mean=CLIP_MEAN, std=CLIP_STD)
     return train_set, FolderDataset(f"{root}/val", read_image, middle, classes=train_set.classes)
 
 
 def plan_of(args: argparse.Namespace, system: System) -> tuple:
     """(plan, data sets, output folder) of the flags; without data, a dry run is of ImageNet or the demo."""
-    model = DEMO_MODEL if args.demo else args.model
-    config, name = model_config(model), "demo" if args.demo else Path(model).stem.removesuffix("-quickgelu")
+    config = model_config(args.model)
+    name = "demo" if args.demo else Path(args.model).stem.removesuffix("-quickgelu")
     size = args.image_size or config["vision_cfg"]["image_size"]
     output = Path(args.output or ("runs/demo" if args.demo else f"runs/{name}-{size}"))
     data = args.data or (f"{output}/data" if args.demo else "imagenet")
@@ -1115,8 +1067,7 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
         draw_demo(Path(data))
     all_sum(0)  # the others wait for the images
     # The paper's recipe of this model, or of the nearest one: first by depth, then by image size.
-    known, deep = {model for model, _ in RECIPES}, config["vision_cfg"]["layers"] > 12
-    like = name if name in known else "ViT-L-14" if deep else "ViT-B-16"
+    like = "ViT-L-14" if config["vision_cfg"]["layers"] > 12 else "ViT-B-16"
     key = min((key for key in RECIPES if key[0] == like), key=lambda key: abs(key[1] - size))
     recipe = RECIPES[key] | (DEMO if args.demo else {})
     given = {flag: value for flag, value in vars(args).items() if flag in recipe and value is not None}
@@ -1126,9 +1077,8 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     else:
         train_set, val_set = data_sets = open_data(data, recipe | given)
         given |= {"num_classes": len(train_set.classes), "num_images": len(train_set)}
-        given["num_val"] = len(val_set)
         names = "\n".join(path[len(data) :] for path, _ in train_set.samples + val_set.samples)
-        given["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
+        given |= {"num_val": len(val_set), "files": hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}
     return resolve(recipe, given, given["num_images"], system.world), data_sets, output
 
 
@@ -1149,39 +1099,37 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
     print("\n".join(f"{name:<20} {value}" for name, value in values.items()))
 
 
-def draw_preview(file: str, batches: Iterator, classes: list[str]) -> None:
+def draw_preview(file: str, plan: tuple, system: System, dataset: FolderDataset) -> None:
     """24 training images as the model gets them, enlarged to 128 pixels or more, with their classes beneath."""
+    batches = train_batches(plan, system, dataset, 0, argparse.Namespace(waited=0.0))
     tiles, back = [], ([-m / s for m, s in zip(CLIP_MEAN, CLIP_STD)], [1 / s for s in CLIP_STD])
     for image, label in itertools.islice((sample for batch in batches for sample in zip(*batch)), 24):
         tile = v2.functional.to_pil_image(normalize(255 * image.cpu(), *back).clamp(0, 1))
         tile = ImageOps.scale(tile, math.ceil(128 / tile.width), Image.Resampling.NEAREST)
         tile, mixed = ImageOps.expand(tile, (0, 0, 0, 14)), label.nonzero() if label.ndim else [label]
-        ImageDraw.Draw(tile).text((2, tile.height - 13), " + ".join(classes[i] for i in mixed))
+        ImageDraw.Draw(tile).text((2, tile.height - 13), " + ".join(dataset.classes[i] for i in mixed))
         tiles.append(v2.functional.pil_to_tensor(tile))
     v2.functional.to_pil_image(torchvision.utils.make_grid(tiles)).save(file)
 
 
-def draw_curves(file: Path, history: list[dict]) -> None:
-    """Loss, top-1 and lr by epoch; an ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((9, 2.6), layout="constrained")
-    for axes, keys in zip(figure.subplots(1, 3), (["train_loss"], ["raw_top1", "ema_top1"], ["lr"])):
-        for key in keys:
-            values = [record.get(key, math.nan) for record in history]
-            axes.plot([record["epoch"] for record in history], values, ".-", label=key)
-        axes.legend()
-    figure.savefig(file)
-
-
 class Monitor:
-    """What is told of a run: a bar on a terminal, else a line now and then; and metrics.jsonl."""
+    """What a run tells, by a bar on a terminal or else lines, and metrics.jsonl; what it is told: `stops`."""
 
     def __init__(self, plan: tuple, system: System, step: int, metrics: Path) -> None:
         self.plan, self.system, self.metrics = plan, system, metrics
         quiet = True if system.rank else None  # None: if it is no terminal
         self.bar = tqdm(total=plan.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
         self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data since then
+        self.stops: list[int] = []  # only noted: torchrun may send several, which mean no more than one
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+                signal.signal(number, self.note_stop)
+
+    def note_stop(self, number: int, _) -> None:
+        """What a stop signal does from now on."""
+        self.stops.append(number)
+        with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
+            os.write(2, b"\nftclip: stopping as soon as all is saved\n" * (len(self.stops) == 1))
 
     def report(self, step: int, steps: int, loss: float, lr: float) -> None:
         """Loss and lr of the last of some steps, and how fast they were."""
@@ -1208,55 +1156,20 @@ class Monitor:
             lines = ({"config": self.plan._asdict()}, *history)
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
             try:
-                draw_curves(self.metrics.with_name("curves.png"), history)
+                from matplotlib.figure import Figure
             except ImportError:
-                print("no curves.png: pip install matplotlib" * (len(history) == 1))
+                tqdm.write("no curves.png: pip install matplotlib")
+            else:
+                figure, epochs = (
+                    Figure((9, 2.6), layout="constrained"),
+                    [record["epoch"] for record in history],
+                )
+                panels = figure.subplots(1, 3)
+                for panel, key in zip(panels[[0, 1, 1, 2]], ("train_loss", "raw_top1", "ema_top1", "lr")):
+                    panel.plot(epochs, [record.get(key, math.nan) for record in history], ".-", label=key)
+                    panel.legend()
+                figure.savefig(self.metrics.with_name("curves.png"))
         self.since, self.waited = time.perf_counter(), 0.0
-
-
-def read_last(output: Path, config: dict) -> dict | None:
-    """What last.pt in there holds, if anything; ValueError if it is of another run."""
-    last, best = output / "last.pt", output / "best.pt"
-    state = load_checkpoint(last) if last.exists() else None
-    if state is None and best.exists():
-        raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
-    was = state["config"] if state else config
-    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
-    if changes:
-        way = "give its values to resume it, or another --output"
-        raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
-    if dist.is_initialized():  # also, nobody may write before everybody has looked
-        views: list = [None] * dist.get_world_size()
-        dist.all_gather_object(views, (state and state["step"], config))
-        if any(view != views[0] for view in views):
-            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
-    return state
-
-
-def note_signals() -> list[int]:
-    """The stop signals from now on: only noted, as torchrun may send several, which mean no more than one."""
-    noted: list[int] = []
-
-    def note(number: int, _) -> None:
-        noted.append(number)
-        with contextlib.suppress(OSError):  # no print: the signal may have come in the midst of one
-            os.write(2, b"\nftclip: stopping as soon as all is saved\n" * (len(noted) == 1))
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
-            signal.signal(number, note)
-    return noted
-
-
-def evaluate_checkpoint(args: argparse.Namespace, system: System) -> None:
-    """What --eval does."""
-    model, classes, transform = load_classifier(args.checkpoint, system.device)
-    val_set = FolderDataset(f"{args.data or 'imagenet'}/val", read_image, transform, classes=classes)
-    share = range(system.rank, len(val_set), system.world)
-    images = start_loader(val_set, system, sampler=share, batch_size=args.micro_batch_size or 64)
-    result = evaluate({"model": model}, images, system.amp_dtype)
-    text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
-    print(f"{args.checkpoint}, at {model.config['vision_cfg']['image_size']} pixels: {text.format(**result)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1268,31 +1181,48 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     system = make_system(args)
     if args.eval:
-        evaluate_checkpoint(args, system)
+        model, classes, transform = load_classifier(args.checkpoint, system.device)
+        val_set = FolderDataset(f"{args.data or 'imagenet'}/val", read_image, transform, classes=classes)
+        share = range(system.rank, len(val_set), system.world)
+        images = start_loader(val_set, system, sampler=share, batch_size=args.micro_batch_size or 64)
+        result = evaluate({"model": model}, images, system.amp_dtype)
+        text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
+        print(f"{args.checkpoint}, {model.config['vision_cfg']['image_size']} pixels:", text.format(**result))
         return 0
+
     plan, data_sets, output = plan_of(args, system)
-    shared = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
-    shared = {key: getattr(plan, key) for key in shared}
-    start = {"model": DEMO_MODEL if args.demo else args.model, "pretrained": plan.pretrained}
+    keys = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
+    build = functools.partial(build_model, **{key: getattr(plan, key) for key in keys})
     with torch.device("meta"):  # shapes without numbers: no time, no memory
-        describe(plan, system, build_model(**start, **shared))
+        describe(plan, system, build(args.model, pretrained=plan.pretrained))
     if args.preview:
-        batches = train_batches(plan, system, data_sets[0], 0, argparse.Namespace(waited=0.0))
-        draw_preview(args.preview, batches, data_sets[0].classes)
+        draw_preview(args.preview, plan, system, data_sets[0])
     if args.dry_run or args.preview:
         return 0
 
-    signals = note_signals()
     may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
     config = {key: value for key, value in plan._asdict().items() if key not in may_change}
-    state = read_last(output, config)
+    last, best = output / "last.pt", output / "best.pt"
+    state = load_checkpoint(last) if last.exists() else None
+    if state is None and best.exists():
+        raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
+    step, was = (state["step"], state["config"]) if state else (0, config)
+    changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
+    if changes:
+        way = "give its values to resume it, or another --output"
+        raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
+    if dist.is_initialized():  # also, nobody may write before everybody has looked
+        views: list = [None] * system.world
+        dist.all_gather_object(views, (step, config))
+        if any(view != views[0] for view in views):
+            raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
+
     torch.manual_seed(plan.seed)
-    start = {"model": state["model_config"]} if state else start  # no weights file is needed any more
-    classifier = build_model(**start, **shared).to(system.device)
-    classifier.trunk.set_grad_checkpointing(args.grad_checkpointing)
-    step = state["step"] if state else 0
+    # A run that goes on has its weights in last.pt.
+    classifier = build(state["model_config"]) if state else build(args.model, pretrained=plan.pretrained)
+    classifier.to(system.device).trunk.set_grad_checkpointing(args.grad_checkpointing)
     if state:
-        print(f"resumed from {output}/last.pt, step {step}")
+        print(f"resumed from {last}, step {step}")
     head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
     head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
@@ -1301,15 +1231,15 @@ def main(argv: list[str] | None = None) -> int:
             save_checkpoint(output / name, head | contents)
 
     monitor = Monitor(plan, system, step, output / "metrics.jsonl")
-    history = train(plan, system, classifier, state, data_sets, save, monitor, signals)
+    history, signals = train(plan, system, classifier, state, data_sets, save, monitor), monitor.stops
     monitor.bar.close()
     with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
         all_sum(0)
     if history:
-        print(f"finished: {output}/best.pt has the best weights, chosen on val itself")
+        print(f"finished: {best} has the best weights, chosen on val itself")
         return 0
     name = signal.Signals(signals[0]).name if signals else "a signal to another process"
-    print(f"stopped by {name}: the same command resumes from {output}/last.pt")
+    print(f"stopped by {name}: the same command resumes from {last}")
     return 128 + (signals[0] if signals else signal.SIGTERM)
 
 
@@ -1317,32 +1247,28 @@ def run() -> int:
     """main(), with what a user can put right as one sentence on stderr; the exit status."""
     try:
         return main()
-    except SystemExit as stop:  # argparse's
-        return stop.code
     except KeyboardInterrupt:  # outside training, where there is nothing to save
         return 128 + signal.SIGINT
-    except Exception as caught:  # noqa: BLE001
-        error, trace, sentence = caught, traceback.format_exc().rstrip(), None
-    last = str(error).rstrip(". \n").split("\n")[-1]
-    # A sentence of this file's, perhaps from a loader's worker, whose traceback is then part of the message.
-    if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
-        sentence = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
-    elif isinstance(error, OSError):
-        sentence = str(error)
-    elif isinstance(error, RuntimeError) and "out of memory" in str(error):
-        sentence = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
-    elif isinstance(error, RuntimeError) and re.search("DataLoader worker|shared memory|open files", last):
-        way = "if memory, /dev/shm (in Docker: --ipc=host) or ulimit -n is too small, lower --workers"
-        sentence = f"{last}: {way}; the same command resumes the run"
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # most likely rank 0 has said the same, or has died, and torchrun now ends the others
-    print(f"ftclip: {sentence}" if sentence else trace, file=sys.stderr)
-    return 2 if sentence else 1
+    except Exception as error:  # noqa: BLE001
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # most likely rank 0 has said the same, or died, and torchrun now ends the others
+        trace, text = traceback.format_exc().rstrip(), str(error).rstrip(". \n").split("\n")[-1]
+        # A sentence of this file's, perhaps from a loader's worker, whose traceback is part of its message.
+        if isinstance(error, ValueError) and re.findall(r'File "(.+?)", line', trace)[-1] == __file__:
+            text = re.split("^ValueError: ", trace, flags=re.MULTILINE)[-1].replace("\n", " ")
+        elif "out of memory" in trace:
+            text = "the GPU's memory is full: halve --micro-batch-size, the global batch stays the same"
+        elif re.search("DataLoader worker|shared memory|open files", text):
+            text += ": if memory, /dev/shm (in Docker: --ipc=host) or ulimit -n is too small, lower --workers"
+        elif not isinstance(error, OSError):
+            print(trace, file=sys.stderr)
+            return 1
+        print(f"ftclip: {text}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
     status = run()
     sys.stdout.flush()
-    sys.stderr.flush()
     # Python's own end would wait for threads of gloo's, in torch 2.6 for ever. Workers end with their parent.
     os._exit(status)
