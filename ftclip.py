@@ -24,6 +24,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -84,17 +85,17 @@ COMMON |= {"pretrained": "openai", "quick_gelu": None, "betas": (0.9, 0.999), "e
 COMMON |= {"randaug_std": 0.5, "randaug_ops": 2, "randaug_probability": 0.5}
 COMMON |= {"crop_aspect": (3 / 4, 4 / 3), "erasing_area": (0.02, 1 / 3), "erasing_aspect": (0.3, 1 / 0.3)}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-B16 = COMMON | {"layer_decay": 0.6, "epochs": 50, "warmup_epochs": 10}
-L14 = COMMON | {"layer_decay": 0.65, "epochs": 30, "warmup_epochs": 5}
-# The patch embedding, conv1, is frozen at CLIP's own resolution; the position embeddings always learn.
-LOW_RES, HIGH_RES = {"freeze_patch_embed": True}, {"freeze_patch_embed": False}
+B16 = COMMON | {"layer_decay": 0.6, "epochs": 50, "warmup_epochs": 10, "batch_size": 2048}
+L14 = COMMON | {"layer_decay": 0.65, "epochs": 30, "warmup_epochs": 5, "batch_size": 2048}
+L14_336 = L14 | {"batch_size": 1920}
 # The four published runs, from the official scripts and logs. lr is the head's, for this global batch, which
-# was 8 GPUs x 256 x 1 accumulation, 8 x 64 x 4, 8 x 64 x 4 and 24 x 20 x 4. All start from weights for 224.
+# was 8 GPUs x 256 x 1 accumulation, 8 x 64 x 4, 8 x 64 x 4 and 24 x 20 x 4. All start from weights for 224;
+# the patch embedding, conv1, is frozen at that resolution, the position embeddings always learn.
 RECIPES = {  # in the paper 85.7, 86.6, 88.0 and 88.3 % top-1
-    ("ViT-B-16", 224): B16 | LOW_RES | {"lr": 6e-4, "batch_size": 2048, "micro_batch_size": 256},
-    ("ViT-B-16", 384): B16 | HIGH_RES | {"lr": 7e-4, "batch_size": 2048, "micro_batch_size": 64},
-    ("ViT-L-14", 224): L14 | LOW_RES | {"lr": 4e-4, "batch_size": 2048, "micro_batch_size": 64},
-    ("ViT-L-14", 336): L14 | HIGH_RES | {"lr": 6e-4, "batch_size": 1920, "micro_batch_size": 20},
+    ("ViT-B-16", 224): B16 | {"lr": 6e-4, "micro_batch_size": 256, "freeze_patch_embed": True},
+    ("ViT-B-16", 384): B16 | {"lr": 7e-4, "micro_batch_size": 64, "freeze_patch_embed": False},
+    ("ViT-L-14", 224): L14 | {"lr": 4e-4, "micro_batch_size": 64, "freeze_patch_embed": True},
+    ("ViT-L-14", 336): L14_336 | {"lr": 6e-4, "micro_batch_size": 20, "freeze_patch_embed": False},
 }
 # A tiny ViT from scratch: nothing is pretrained, so nothing is frozen and all layers learn at the same pace.
 DEMO_MODEL = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}}
@@ -446,12 +447,9 @@ class RandAugment:
 
     Operations are drawn with replacement; each is applied or not, at a magnitude drawn from N(magnitude, std)
     and clipped to [0, 10], with either sign equally likely. torchvision's RandAugment(2, 9) is another thing:
-    30 % of the full strength where this is 90 %, always applied, nearest pixel, black borders. It goes before
-    ToTensor; an image of another mode needs image.convert("RGB") first.
-
-    Args:
-        magnitude, std, num_ops, probability: of an operation, and how many are drawn; paper: 9, 0.5, 2, 0.5.
-        fill: colour of what comes from outside the image, RGB from 0 to 255; 255 · CLIP_MEAN.
+    30 % of the full strength where this is 90 %, always applied, nearest pixel, black borders. The paper's
+    magnitude, std, num_ops and probability are 9, 0.5, 2 and 0.5; fill, the colour (0 to 255) of what comes
+    from outside the image, is 255 · CLIP_MEAN. It goes before ToTensor, after image.convert("RGB").
     """
 
     # Of an image, at strength m = magnitude / 10 and with sign s; v is a colour, 0 to 255.
@@ -494,11 +492,8 @@ class RandomErasing:
     """Random erasing (arXiv 1708.04896): a box of a normalised image becomes N(0, 1) noise, each value anew.
 
     The box is drawn where the sample is made, the noise where the batch is used; erasing(images) does both.
-
-    Args:
-        probability: of erasing a box in an image; the paper's is 0.25.
-        area: least and greatest share of the image; (0.02, 1/3).
-        aspect: least and greatest height / width, drawn log-uniformly; (0.3, 1/0.3).
+    The paper's probability is 0.25; area, (0.02, 1/3), is the least and greatest share of the image; aspect,
+    (0.3, 1/0.3), the least and greatest height / width, drawn log-uniformly.
     """
 
     def __init__(self, probability: float, area: tuple[float, float], aspect: tuple[float, float]) -> None:
@@ -588,10 +583,8 @@ def read_image(path: str | os.PathLike) -> Tensor:
     is ignored. What is no whole image is a ValueError.
     """
     try:
-        with open(path, "rb") as file:
-            jpeg = file.read(2) == b"\xff\xd8"
-        if jpeg:
-            with contextlib.suppress(RuntimeError, AttributeError):
+        with open(path, "rb") as file, contextlib.suppress(RuntimeError, AttributeError):
+            if file.read(2) == b"\xff\xd8":  # JPEG
                 return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
         with Image.open(path) as file:
             if not file.mode.startswith("I"):
@@ -607,14 +600,9 @@ class FolderDataset(torchvision.datasets.ImageFolder):
 
     Key (epoch, index) gives (image, box to erase (4,), label); all chance comes from (seed, epoch, index).
     Key index gives (image, label), for evaluation. Files that are no images by their names are left out.
-    Raises ValueError for a folder that cannot be read or is reached twice, for a class without images, and
-    for classes that are not those expected.
-
-    Args:
-        load: path → uint8 (3, H, W).
-        transform: for training (image, rng) → image, for evaluation image → image.
-        box: for training (height, width, rng) → box to erase.
-        classes: the names that must be found, if any.
+    `load` turns a path into uint8 (3, H, W), `transform` for training (image, rng) into an image, for
+    evaluation an image, `box` (height, width, rng) into a box to erase. Raises ValueError for a folder that
+    cannot be read or is reached twice, a class without images, and classes other than `classes`, if given.
     """
 
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
@@ -651,12 +639,9 @@ class MicroBatches(Sampler):
 
     An epoch is one shuffle of all images, from (seed, epoch), cut into global batches; the rest is dropped
     (official run_class_finetuning.py:431). Each global batch is cut into micro-batches in one order, whatever
-    the number of processes among which they are then shared. One that can't be cut so is a ValueError. It is
-    a DataLoader's batch_sampler; as steps go on from epoch to epoch, one loader serves the whole run.
-
-    Args:
-        batch_size: images of a global batch, a multiple of micro_batch_size · world.
-        steps: optimizer steps, counted from the start of the run.
+    the number of processes among which they are then shared; if it can't be, or batch_size is no multiple of
+    micro_batch_size · world, that is a ValueError. `steps` are optimizer steps, counted from the start of the
+    run. It is a DataLoader's batch_sampler; as steps go on from epoch to epoch, one loader serves a whole run.
     """
 
     def __init__(
@@ -697,10 +682,10 @@ def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
 def train_batches(plan: tuple, system: System, dataset: Dataset, first: int, monitor: "Monitor") -> Iterator:
     """This process's micro-batches for train_step, from optimizer step `first` on.
 
-    Workers give uint8 images (N, 3, S, S), boxes (N, 4), labels (N,). On the device they become float32 images,
-    normalised, erased and mixed (by MixUp or CutMix, if on, and labels are then (N, num_classes)).
-    Noise, mixing and drop path follow from the seed, the step and the micro-batch's place in the global
-    batch: the same after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
+    Workers give uint8 images (N, 3, S, S), boxes (N, 4), labels (N,). On the device they become float32,
+    normalised, erased and mixed (by MixUp or CutMix, if on; labels are then (N, num_classes)). Noise, mixing
+    and drop path follow from the seed, the step and the micro-batch's place in the global batch: the same
+    after a restart and, with as large micro-batches, on one GPU as on eight of its kind.
     """
     erasing = RandomErasing(plan.random_erasing, plan.erasing_area, plan.erasing_aspect)
     mixes = [v2.MixUp(alpha=plan.mixup, num_classes=plan.num_classes)] if plan.mixup else []
@@ -776,14 +761,12 @@ def all_sum(value: int | Tensor) -> Tensor:
 def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.dtype | None = None) -> dict:
     """Top-1 and top-5 accuracy of each named model, over all processes, in one pass over the images.
 
-    Each process brings its own share of the images; every image counts once, whatever the shares' sizes. The
-    models are left in evaluation mode. One whose logits are bf16 has many equal ones: let it return float32.
-    To copy it, copy all_sum too.
+    `batches` are (normalised images (N, 3, S, S), labels (N,)), such as a DataLoader's. Each process brings
+    its own share of the images; every image counts once, whatever the shares' sizes. The models are left in
+    evaluation mode. One whose logits are bf16 has many equal ones: let it return float32. To copy it, copy
+    all_sum too.
 
     Returns "NAME_top1" and "NAME_top5" in per cent, "NAME_correct" in images, for each model, and "images".
-
-    Args:
-        batches: (normalised images (N, 3, S, S), labels (N,)), such as a DataLoader.
     """
     device = next(next(iter(models.values())).parameters()).device
     counts = torch.zeros(len(models), 3, dtype=torch.long, device=device)  # right at first, in five, images
@@ -1043,18 +1026,6 @@ def draw_demo(root: Path) -> None:
     part.rename(root)
 
 
-def open_data(root: str, values: dict) -> tuple[FolderDataset, FolderDataset]:
-    """Training and validation images below root, transformed by a recipe's values."""
-    ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
-    augment = RandAugment(*ops, tuple(255 * mean for mean in CLIP_MEAN)) if values["randaug"] else None
-    crop = {key: values[key] for key in ("image_size", "crop_scale", "crop_aspect")}
-    crop = functools.partial(train_transform, **crop, augment=augment)
-    erasing = RandomErasing(*(values[key] for key in ("random_erasing", "erasing_area", "erasing_aspect")))
-    train_set = FolderDataset(f"{root}/train", read_image, crop, erasing.sample, values["seed"])
-    middle = functools.partial(eval_transform, image_size=values["image_size"], mean=CLIP_MEAN, std=CLIP_STD)
-    return train_set, FolderDataset(f"{root}/val", read_image, middle, classes=train_set.classes)
-
-
 def plan_of(args: argparse.Namespace, system: System) -> tuple:
     """(plan, data sets, output folder) of the flags; without data, a dry run is of ImageNet or the demo."""
     config = model_config(args.model)
@@ -1075,10 +1046,19 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     if args.dry_run and absent:
         given["num_classes"], given["num_images"] = (6, 3000) if args.demo else (1000, 1_281_167)
     else:
-        train_set, val_set = data_sets = open_data(data, recipe | given)
+        values = recipe | given
+        ops = (values[f"randaug{key}"] for key in ("", "_std", "_ops", "_probability"))
+        augment = RandAugment(*ops, tuple(255 * mean for mean in CLIP_MEAN)) if values["randaug"] else None
+        erasing = RandomErasing(values["random_erasing"], values["erasing_area"], values["erasing_aspect"])
+        crop = {key: values[key] for key in ("image_size", "crop_scale", "crop_aspect")}
+        crop = functools.partial(train_transform, augment=augment, **crop)
+        middle = functools.partial(eval_transform, image_size=size, mean=CLIP_MEAN, std=CLIP_STD)
+        train_set = FolderDataset(f"{data}/train", read_image, crop, erasing.sample, values["seed"])
+        val_set = FolderDataset(f"{data}/val", read_image, middle, classes=train_set.classes)
+        data_sets, given["num_val"] = (train_set, val_set), len(val_set)
         given |= {"num_classes": len(train_set.classes), "num_images": len(train_set)}
         names = "\n".join(path[len(data) :] for path, _ in train_set.samples + val_set.samples)
-        given |= {"num_val": len(val_set), "files": hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}
+        given["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()[:8]
     return resolve(recipe, given, given["num_images"], system.world), data_sets, output
 
 
@@ -1094,13 +1074,14 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
         "lr": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)) + " from embeddings to head",
         "activation": "QuickGELU" if model.config["quick_gelu"] else "GELU",
         "parameters": f"{sum(n for n, on in sizes if on):,} of {sum(n for n, _ in sizes):,} are trained",
+        "curves.png": "each epoch" if importlib.util.find_spec("matplotlib") else "pip install matplotlib",
         "device": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {system.amp_dtype}",
     }
     print("\n".join(f"{name:<20} {value}" for name, value in values.items()))
 
 
 def draw_preview(file: str, plan: tuple, system: System, dataset: FolderDataset) -> None:
-    """24 training images as the model gets them, enlarged to 128 pixels or more, with their classes beneath."""
+    """24 training images as the model gets them, enlarged to 128 pixels or more, classes beneath."""
     batches = train_batches(plan, system, dataset, 0, argparse.Namespace(waited=0.0))
     tiles, back = [], ([-m / s for m, s in zip(CLIP_MEAN, CLIP_STD)], [1 / s for s in CLIP_STD])
     for image, label in itertools.islice((sample for batch in batches for sample in zip(*batch)), 24):
@@ -1155,17 +1136,12 @@ class Monitor:
         if self.system.rank == 0:
             lines = ({"config": self.plan._asdict()}, *history)
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            try:
+            with contextlib.suppress(ImportError):  # without matplotlib, describe has told how to get it
                 from matplotlib.figure import Figure
-            except ImportError:
-                tqdm.write("no curves.png: pip install matplotlib")
-            else:
-                figure, epochs = (
-                    Figure((9, 2.6), layout="constrained"),
-                    [record["epoch"] for record in history],
-                )
-                panels = figure.subplots(1, 3)
-                for panel, key in zip(panels[[0, 1, 1, 2]], ("train_loss", "raw_top1", "ema_top1", "lr")):
+
+                figure = Figure((9, 2.6), layout="constrained")
+                panels, epochs = figure.subplots(1, 3)[[0, 1, 1, 2]], range(1, len(history) + 1)
+                for panel, key in zip(panels, ("train_loss", "raw_top1", "ema_top1", "lr")):
                     panel.plot(epochs, [record.get(key, math.nan) for record in history], ".-", label=key)
                     panel.legend()
                 figure.savefig(self.metrics.with_name("curves.png"))

@@ -50,8 +50,8 @@ def compare(runs: dict, rounds: int, count: int, unit: str) -> None:
 def loader(args: argparse.Namespace) -> None:
     """Bytes on the disk → sample, on one core: what a loader's worker does."""
     torch.set_num_threads(1)
-    values = ftclip.RECIPES["ViT-B-16", 224] | {"image_size": 224}
-    ours, _ = ftclip.open_data(args.data, values)
+    one_core = ftclip.System(0, 1, torch.device("cpu"), None, 0, False)
+    _, (ours, _), _ = ftclip.plan_of(ftclip.parse_args(["--data", args.data]), one_core)
 
     def posterize(
         image: Image.Image, bits: int, **_
