@@ -233,8 +233,8 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         way = "a file, none, or a network once (HF_HOME keeps it)" if tag else "a whole file of weights"
         raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): give {way}") from None
-    if any(name.startswith("visual.") for name in weights):  # a whole CLIP: leave its text tower behind
-        weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")}
+    # Of a whole CLIP, the text tower is left behind.
+    weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")} or weights
     for unused in ("proj", "ln_post.weight", "ln_post.bias"):
         weights.pop(unused, None)
     if "positional_embedding" not in weights:
@@ -356,8 +356,7 @@ def layer_id(name: str) -> float:
     """
     if name.startswith("trunk.transformer.resblocks."):
         return int(name.split(".")[3]) + 1
-    embeddings = ("class_embedding", "positional_embedding", "conv1.", "ln_pre.")
-    if name.startswith(tuple(f"trunk.{embedding}" for embedding in embeddings)):
+    if re.match(r"trunk\.(class_embedding|positional_embedding|conv1\.|ln_pre\.)", name):
         return 0
     if name.startswith(("norm.", "head.")):
         return math.inf
@@ -389,14 +388,13 @@ def param_groups(
         raise ValueError(f"layer_id finds the layers {found}, not 0, 1, ... and inf: make it fit the model")
     groups, vectors = {}, ("_embedding", "_token", "pos_embed")
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         layer, decays = min(depths[name], top), parameter.ndim > 1 and not name.endswith(vectors)
         scale = layer_decay ** (top - layer)
         group = {"layer": layer, "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay * decays}
-        group = groups.setdefault((layer, decays), group | {"params": [], "names": []})
-        group["params"].append(parameter)
-        group["names"].append(name)
+        if parameter.requires_grad:
+            group = groups.setdefault((layer, decays), group | {"params": [], "names": []})
+            group["params"].append(parameter)
+            group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -565,7 +563,7 @@ def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Te
 def eval_transform(image: Tensor | Image.Image, image_size: int, mean: tuple, std: tuple) -> Tensor:
     """The short side resized to image_size, bicubic, and the middle square, normalised.
 
-    From uint8 (3, H, W), or a Pillow image of 8 bits, to float32 (3, image_size, image_size), as a model takes
+    From uint8 (3, H, W), or a Pillow image of 8 bits, to float32 (3, image_size, image_size), as models take
     it. Copy normalize with it. Source: official datasets.py:76-84.
     """
     if isinstance(image, Image.Image):
@@ -640,8 +638,8 @@ class MicroBatches(Sampler):
     An epoch is one shuffle of all images, from (seed, epoch), cut into global batches; the rest is dropped
     (official run_class_finetuning.py:431). Each global batch is cut into micro-batches in one order, whatever
     the number of processes among which they are then shared; if it can't be, or batch_size is no multiple of
-    micro_batch_size · world, that is a ValueError. `steps` are optimizer steps, counted from the start of the
-    run. It is a DataLoader's batch_sampler; as steps go on from epoch to epoch, one loader serves a whole run.
+    micro_batch_size · world, that is a ValueError. `steps` are optimizer steps, from the start of the run. It
+    is a DataLoader's batch_sampler; as steps go on from epoch to epoch, one loader serves the whole run.
     """
 
     def __init__(

@@ -2,8 +2,9 @@
 
     python benchmarks/curves.py [--output benchmarks/official_runs.png]    # needs matplotlib
 
-Top-1 on ImageNet-1k's validation set of the raw and of the EMA weights, from the training logs that the official
-repository publishes (github.com/LightDXY/FT-CLIP, commit 3f9cefa). That of B/16 at 384 ends after 33 of 50 epochs.
+Top-1 on ImageNet-1k's validation set of the raw and of the EMA weights, from the training logs that the
+official repository publishes (github.com/LightDXY/FT-CLIP, commit 3f9cefa). That of B/16 at 384 ends after 33
+of 50 epochs.
 """
 
 import argparse
