@@ -59,7 +59,7 @@ SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; gr
     "warmup_epochs": (None, 0.0, 1e6, "with lr rising from 0 (default: the recipe's share)"),
     "batch_size": (None, 1, 10**9, "images per optimizer step, on all devices (default: to fit the data)"),
     "micro_batch_size": (None, 1, 10**9, "images per device at once: lower it to fit"),
-    "lr": (None, 1e-12, 1e3, "of the head, literal (default: scaled by the batch)"),
+    "lr": (None, 1e-12, 1e3, "of the head, literal (default: scaled by the batch's square root)"),
     "min_lr": (1e-6, 0.0, 1e3, "of the head at the end, literal (default: scaled like lr)"),
     "layer_decay": (None, 1e-3, 1.0, "lr of a layer over that of the one above it, 1 is off"),
     "weight_decay": (0.05, 0.0, 1e3, "of AdamW, 0 is off"),
@@ -107,9 +107,10 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes it later.
 
     What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
-    leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with it, warm-up
-    to a number of epochs; the EMA remembers a third of the run at most; the micro-batch is the largest up to
-    the recipe's that divides; batch_size = devices · micro_batch_size · accumulation.
+    leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with its square
+    root, as AdamW's steps do not grow with the gradient (arXiv 2205.10287), warm-up with the epochs; the EMA
+    remembers a third of the run at most; the micro-batch is the largest up to the recipe's that divides;
+    batch_size = devices · micro_batch_size · accumulation.
 
     `recipe` is one of RECIPES, `given` has values for its names (others pass through), devices are processes.
     Returns a named tuple; raises ValueError for numbers that do not go together.
@@ -118,7 +119,7 @@ def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tup
     if num_images < 32 * batch:
         batch = 2 ** int(math.log2(max(1, num_images // 32)))
     batch = given.get("batch_size", max(1, batch // devices) * devices)
-    plan = recipe | {key: recipe[key] * (batch / recipe["batch_size"]) for key in ("lr", "min_lr")}
+    plan = recipe | {key: recipe[key] * (batch / recipe["batch_size"]) ** 0.5 for key in ("lr", "min_lr")}
     plan["warmup_epochs"] *= given.get("epochs", recipe["epochs"]) / recipe["epochs"]
     plan |= given | {"batch_size": batch}
     unit = devices * given.get("micro_batch_size", 1)

@@ -217,7 +217,7 @@ def test_what_is_not_given_follows_from_what_is():
     def plan(num_images=1_281_167, devices=1, **given):
         return ftclip.resolve(b16, given, num_images, devices)
 
-    assert (plan(batch_size=512).lr, plan(batch_size=512).min_lr) == pytest.approx((6e-4 / 4, 1e-6 / 4))
+    assert (plan(batch_size=512).lr, plan(batch_size=512).min_lr) == pytest.approx((6e-4 / 2, 1e-6 / 2))
     assert plan(batch_size=512, lr=6e-4).lr == 6e-4  # literal
     assert (plan(epochs=25).warmup_epochs, plan(epochs=25, warmup_epochs=1).warmup_epochs) == (5, 1)
     one = plan(9, batch_size=8, epochs=1, warmup_epochs=0.9)
@@ -225,7 +225,7 @@ def test_what_is_not_given_follows_from_what_is():
     # On few images, the batch leaves 32 steps an epoch, and everything follows it.
     for images, batch in ((65536, 2048), (65535, 1024), (1437, 32), (1024, 32), (1023, 16), (40, 1), (5, 1)):
         assert plan(images).batch_size == batch
-        assert plan(images).lr == pytest.approx(6e-4 * batch / 2048)
+        assert plan(images).lr == pytest.approx(6e-4 * math.sqrt(batch / 2048))
     assert plan(1437).ema_decay == pytest.approx(1 - 3 / (50 * 44))  # a third of the run
     assert plan(1437, ema_decay=0.9).ema_decay == 0.9
     assert (plan(devices=6).batch_size, plan(40, devices=8).batch_size) == (
@@ -1140,7 +1140,9 @@ def test_curves_show_every_epoch_and_without_matplotlib_a_line_says_how(
         assert [call.args[:2] for call in last] == [
             (range(1, 4), [line[key] for line in history]) for key in keys
         ]
-    assert history[0]["lr"] == 1e-3 and history[-1]["lr"] == ftclip.lr_at(8, 9, 3, 1e-3, 1e-6 * 16 / 2048)
+    assert history[0]["lr"] == 1e-3 and history[-1]["lr"] == ftclip.lr_at(
+        8, 9, 3, 1e-3, 1e-6 * (16 / 2048) ** 0.5
+    )
     assert figure().savefig.call_count == 3
 
 
