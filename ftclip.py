@@ -54,13 +54,13 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- recipes
 
-SETTINGS = {  # flag: (value in all four of the paper's runs, or None; least; greatest; meaning)
+SETTINGS = {  # flag: (value in all of the paper's runs, if it is one; least; greatest; meaning)
     "epochs": (None, 1, 10**6, "passes over the training images"),
     "warmup_epochs": (None, 0.0, 1e6, "with lr rising from 0 (default: the recipe's share)"),
     "batch_size": (None, 1, 10**9, "images per optimizer step, on all devices (default: to fit the data)"),
     "micro_batch_size": (None, 1, 10**9, "images per device at once: lower it to fit"),
     "lr": (None, 1e-12, 1e3, "of the head, literal (default: scaled by the batch's square root)"),
-    "min_lr": (1e-6, 0.0, 1e3, "of the head at the end, literal (default: scaled like lr)"),
+    "min_lr": (1e-6, 0.0, 1e3, "of the head at the end, literal (default: scaled by the batch too)"),
     "layer_decay": (None, 1e-3, 1.0, "lr of a layer over that of the one above it, 1 is off"),
     "weight_decay": (0.05, 0.0, 1e3, "of AdamW, 0 is off"),
     "ema_decay": (0.9998, 0.0, 0.999999, "of the weights' average, 0 is off (default: less in a short run)"),
@@ -104,25 +104,24 @@ DEMO |= {"epochs": 12, "warmup_epochs": 1, "crop_scale": 0.5}
 
 
 def resolve(recipe: dict, given: dict, num_images: int, devices: int = 1) -> tuple:
-    """The plan: all numbers of a run, the recipe's, those given, and what follows. Nothing changes it later.
+    """The plan: all numbers of a run, the recipe's, those given, and those that follow. It never changes.
 
     What is given is taken literally. What is not: the batch is the recipe's, or the largest power of two that
-    leaves 32 steps an epoch, cut to a multiple of devices; lr belongs to a batch and scales with its square
-    root, as AdamW's steps do not grow with the gradient (arXiv 2205.10287), warm-up with the epochs; the EMA
-    remembers a third of the run at most; the micro-batch is the largest up to the recipe's that divides;
-    batch_size = devices · micro_batch_size · accumulation.
-
+    leaves 32 steps an epoch, as a multiple of devices (at least an image each); lr belongs to a batch and
+    scales with its square root, as AdamW's steps do not grow with the gradient (arXiv 2205.10287); warm-up
+    scales with the epochs; the EMA remembers a third of the run at most; the micro-batch is the largest up to
+    the recipe's that divides. batch_size = devices · micro_batch_size · accumulation.
     `recipe` is one of RECIPES, `given` has values for its names (others pass through), devices are processes.
     Returns a named tuple; raises ValueError for numbers that do not go together.
     """
     batch = recipe["batch_size"]
     if num_images < 32 * batch:
         batch = 2 ** int(math.log2(max(1, num_images // 32)))
-    batch = given.get("batch_size", max(1, batch // devices) * devices)
+    unit = devices * given.get("micro_batch_size", 1)
+    batch = given.get("batch_size", max(1, batch // unit) * unit)
     plan = recipe | {key: recipe[key] * (batch / recipe["batch_size"]) ** 0.5 for key in ("lr", "min_lr")}
     plan["warmup_epochs"] *= given.get("epochs", recipe["epochs"]) / recipe["epochs"]
     plan |= given | {"batch_size": batch}
-    unit = devices * given.get("micro_batch_size", 1)
     if batch > num_images:
         raise ValueError(f"--batch-size {batch} is more than {num_images} training images: lower it")
     if batch % unit:
@@ -174,7 +173,7 @@ class CLIPClassifier(nn.Module):
         """Logits (N, num_classes), float32 also under autocast, of normalised images (N, 3, S, S)."""
         tokens = self.trunk(images)[:, 1:]  # (N, patches, width)
         features = self.norm(tokens).mean(dim=1)
-        # In bf16, with its eight bits, the logits of two classes are often equal, and the first of them wins.
+        # With bf16's eight significant bits, two classes' logits are often equal, and the first of them wins.
         with torch.autocast(images.device.type, enabled=False):
             return self.head(features.float())
 
@@ -268,7 +267,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *_, **__) -> Tensor:
         """Tokens (N, tokens, width) to tokens; float32, or wider, also where autocast brings bf16."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # what all blocks add to needs the bits
+        x = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # the stream to which all blocks add needs the bits
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, self.attn.num_heads, -1))  # (N, tokens, 3, heads, width of a head)
         heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (N, heads, tokens, ...)
@@ -276,7 +277,7 @@ class Block(nn.Module):
         drop = lambda branch: torchvision.ops.stochastic_depth(branch, self.drop_path, "row", self.training)
         x = x + drop(self.ls_1(self.attn.out_proj(heads)))
         hidden, gelu = self.mlp.c_fc(self.ln_2(x)), self.mlp.gelu
-        # QuickGELU, x · sigmoid(1.702 x), as one operation, which keeps one tensor for its gradient
+        # QuickGELU, x · sigmoid(1.702 x), by silu, which keeps one tensor for its gradient
         hidden = gelu(hidden) if isinstance(gelu, nn.GELU) else F.silu(1.702 * hidden) / 1.702
         return x + drop(self.ls_2(self.mlp.c_proj(hidden)))
 
@@ -295,7 +296,7 @@ def build_model(
 
     Its `config` is the resolved configuration, from which it can be built again. Raises ValueError for an
     unknown model or tag, an image size that is not a multiple of the patch, more blocks than there are, or
-    weights that do not fit or of which nothing tells the activation. Copy the five definitions above it too.
+    weights that do not fit or of which nothing tells the activation. Copy this part of the file as a whole.
 
     Args:
         model: an open_clip ViT by name, the path of a model-config JSON, or such a configuration.
@@ -402,8 +403,8 @@ def param_groups(
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
     """Learning rate of optimizer step `step`, from 0: linear from 0 to lr, then half a cosine towards min_lr.
 
-    With a warm-up of two steps or more, step 0 has lr 0 (and moves nothing), step warmup_steps − 1 has lr,
-    and so has the next, the first of the cosine. After the last step it is min_lr. lr and min_lr are the
+    With a warm-up, step 0 has lr 0 (and moves nothing), step warmup_steps − 1, if it is another, has lr, and
+    so has the next, the first of the cosine. After the last step it is min_lr. lr and min_lr are the
     head's; a group's own are these times its lr_scale. Source: official utils.py:407-424.
     """
     if step >= total_steps:
@@ -762,8 +763,7 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.d
 
     `batches` are (normalised images (N, 3, S, S), labels (N,)), such as a DataLoader's. Each process brings
     its own share of the images; every image counts once, whatever the shares' sizes. The models are left in
-    evaluation mode. One whose logits are bf16 has many equal ones: let it return float32. To copy it, copy
-    all_sum too.
+    evaluation mode. Logits in bf16 are often equal: let a model return float32. Copy all_sum with it.
 
     Returns "NAME_top1" and "NAME_top5" in per cent, "NAME_correct" in images, for each model, and "images".
     """
@@ -800,7 +800,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        reason = str(error.__context__ or error).split("\n")[0]  # the disk's, of torch's writer
+        reason = str(error.__context__ or error).split("\n")[0]  # what the disk said, before torch's writer
         raise ValueError(f"cannot write {path} ({reason}): make room or write elsewhere") from None
     finally:
         with contextlib.suppress(OSError):
@@ -844,7 +844,7 @@ def load_classifier(path: str | os.PathLike, device="cpu") -> tuple[CLIPClassifi
 
 
 def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict | None) -> tuple:
-    """What a run is, anew or from last.pt: the model as it is trained, parts with a state_dict, progress."""
+    """A run, new or from last.pt: the model to train (in DDP, compiled), the parts to save, how far it is."""
     groups = param_groups(classifier, layer_id, plan.lr, plan.layer_decay, plan.weight_decay)
     device, amp_dtype = system.device, system.amp_dtype
     optimizer = torch.optim.AdamW(groups, betas=plan.betas, eps=plan.eps, fused=True)
@@ -871,7 +871,7 @@ def prepare(plan: tuple, system: System, classifier: CLIPClassifier, state: dict
 def checked_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -> list[float]:
     """The losses of the steps up to `step`, as means over the processes.
 
-    One that is not finite, or a weight, is a ValueError in every process, before it is saved.
+    A loss or a weight that is not finite is a ValueError in every process, before anything is saved.
     """
     means = all_sum(torch.stack(losses) / world).tolist()
     # A finite loss with an infinite gradient shows only in the weights, and in the next loss.
@@ -982,7 +982,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_system(args: argparse.Namespace) -> System:
     """Device, precision and so on, by the flags and torchrun, whose processes are joined."""
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
-    # By default 0, or 1 for a size.
+    # What is not set is 0, or 1 for a size.
     rank, world, local, local_world, restarts = (int(os.environ.get(k, k.endswith("SIZE"))) for k in keys)
     cuda = torch.cuda.is_available() if args.device is None else args.device == "cuda"
     if cuda and local >= torch.cuda.device_count():
@@ -994,7 +994,7 @@ def make_system(args: argparse.Namespace) -> System:
         # The others may have to wait while rank 0 writes a large file to a slow disk.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
         if restarts and not rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            print("put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or restarts look for the dead")
+            print("--max-restarts fails without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1039,7 +1039,8 @@ def plan_of(args: argparse.Namespace, system: System) -> tuple:
     # The paper's recipe of this model, or of the nearest one: first by depth, then by image size.
     like = "ViT-L-14" if config["vision_cfg"]["layers"] > 12 else "ViT-B-16"
     key = min((key for key in RECIPES if key[0] == like), key=lambda key: abs(key[1] - size))
-    recipe = RECIPES[key] | (DEMO if args.demo else {})
+    scratch = {"freeze_patch_embed": False} if args.pretrained == "none" else {}  # it would stay random
+    recipe = RECIPES[key] | (DEMO if args.demo else scratch)
     given = {flag: value for flag, value in vars(args).items() if flag in recipe and value is not None}
     given |= {"recipe": key, "name": name, "model": config, "image_size": size}
     if args.dry_run and absent:
@@ -1093,7 +1094,7 @@ def draw_preview(file: str, plan: tuple, system: System, dataset: FolderDataset)
 
 
 class Monitor:
-    """What a run tells, by a bar on a terminal or else lines, and metrics.jsonl; what it is told: `stops`."""
+    """What a run tells, on a terminal by a bar, and in files; and the stop signals that it is sent."""
 
     def __init__(self, plan: tuple, system: System, step: int, metrics: Path) -> None:
         self.plan, self.system, self.metrics = plan, system, metrics
@@ -1164,13 +1165,13 @@ def main(argv: list[str] | None = None) -> int:
         text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
         print(f"{args.checkpoint}, {model.config['vision_cfg']['image_size']} pixels:", text.format(**result))
         return 0
-
     plan, data_sets, output = plan_of(args, system)
     keys = ("num_classes", "image_size", "quick_gelu", "drop_path", "train_blocks", "freeze_patch_embed")
     build = functools.partial(build_model, **{key: getattr(plan, key) for key in keys})
-    with torch.device("meta"):  # shapes without numbers: no time, no memory
-        describe(plan, system, build(args.model, pretrained=plan.pretrained))
-    if args.preview:
+    if args.dry_run:
+        with torch.device("meta"):  # shapes without numbers: no time, no memory
+            describe(plan, system, build(args.model, pretrained=plan.pretrained))
+    elif args.preview and system.rank == 0:
         draw_preview(args.preview, plan, system, data_sets[0])
     if args.dry_run or args.preview:
         return 0
@@ -1191,11 +1192,11 @@ def main(argv: list[str] | None = None) -> int:
         dist.all_gather_object(views, (step, config))
         if any(view != views[0] for view in views):
             raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
-
     torch.manual_seed(plan.seed)
     # A run that goes on has its weights in last.pt.
     classifier = build(state["model_config"]) if state else build(args.model, pretrained=plan.pretrained)
     classifier.to(system.device).trunk.set_grad_checkpointing(args.grad_checkpointing)
+    describe(plan, system, classifier)
     if state:
         print(f"resumed from {last}, step {step}")
     head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}

@@ -228,12 +228,18 @@ def test_what_is_not_given_follows_from_what_is():
         assert plan(images).lr == pytest.approx(6e-4 * math.sqrt(batch / 2048))
     assert plan(1437).ema_decay == pytest.approx(1 - 3 / (50 * 44))  # a third of the run
     assert plan(1437, ema_decay=0.9).ema_decay == 0.9
+    assert plan(1437, micro_batch_size=24).batch_size == 24  # what is given stays
     assert (plan(devices=6).batch_size, plan(40, devices=8).batch_size) == (
         2046,
         8,
     )  # each device has as many
     assert plan(devices=8).accumulation == 1 and plan(micro_batch_size=64).accumulation == 32
-    for wrong in ({"batch_size": 6}, {"micro_batch_size": 3}, {"min_lr": 1.0}, {"warmup_epochs": 50.0}):
+    for wrong in (
+        {"batch_size": 6},
+        {"batch_size": 2048, "micro_batch_size": 3},
+        {"min_lr": 1.0},
+        {"warmup_epochs": 50.0},
+    ):
         with pytest.raises(ValueError, match="--"):
             plan(devices=4, **wrong)
 
@@ -1121,6 +1127,15 @@ def test_a_run_leaves_what_readme_says(reference, data):
     assert model(image[None]).shape == (1, 3)
     best = max(line["ema_top1"] for line in lines[1:])
     assert ftclip.load_checkpoint(reference / "best.pt")["record"]["ema_top1"] == best
+
+
+def test_a_run_that_goes_on_needs_no_weights_file(tiny, data, tmp_path, capsys):
+    torch.save(ftclip.build_model(TINY, 3).trunk.state_dict(), tmp_path / "weights.pt")
+    argv = flags(tiny, data, tmp_path / "run", "--epochs", 1, "--warmup-epochs", 0)
+    argv += ["--pretrained", str(tmp_path / "weights.pt"), "--no-quick-gelu"]
+    assert ftclip.main(argv) == 0
+    (tmp_path / "weights.pt").unlink()
+    assert ftclip.main(argv) == 0 and "resumed from" in capsys.readouterr().out
 
 
 def test_curves_show_every_epoch_and_without_matplotlib_a_line_says_how(
