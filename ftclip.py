@@ -259,8 +259,8 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 class Block(nn.Module):
     """open_clip's residual block in fewer kernels, with stochastic depth; the same parameters, same names.
 
-    An open_clip block becomes one by block.__class__ = Block. `drop_path` is the probability that a residual
-    branch of a sample is dropped in training (arXiv 1603.09382).
+    A plain one of an image tower (no mask, GELU or QuickGELU) becomes it by block.__class__ = Block.
+    `drop_path` is the probability that a sample's residual branch is dropped in training (arXiv 1603.09382).
     """
 
     drop_path = 0.0
@@ -373,8 +373,8 @@ def param_groups(
     Layer i of L blocks learns with lr · layer_decay^(L + 1 − i): near the pixels, more of CLIP stays.
     A schedule must keep to it, before each optimizer step: group["lr"] = lr_at(...) * group["lr_scale"]
     (timm's own schedulers would apply lr_scale twice). No weight decay for vectors (norms and biases), tokens
-    and positions, as open_clip and timm name them. Frozen parameters are in no group. Source: official
-    optim_factory.py:60, run_class_finetuning.py:441.
+    and positions, as open_clip's and timm's plain ViTs name them. Frozen parameters are in no group. Source:
+    official optim_factory.py:60, run_class_finetuning.py:441.
 
     Returns two groups a layer at most, from the embeddings up: {"params", "names", "layer", "lr", "lr_scale",
     "weight_decay"}. Raises ValueError if layer_id does not find embeddings, blocks and head, without a gap.
@@ -602,7 +602,7 @@ class FolderDataset(torchvision.datasets.ImageFolder):
     Key index gives (image, label), for evaluation. Files that are no images by their names are left out.
     `load` turns a path into uint8 (3, H, W), `transform` for training (image, rng) into an image, for
     evaluation an image, `box` (height, width, rng) into a box to erase. Raises ValueError for a folder that
-    cannot be read or is reached twice, a class without images, and classes other than `classes`, if given.
+    cannot be read or is reached twice, a class without images, and classes other than the sorted `classes`.
     """
 
     IMAGES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
@@ -788,7 +788,7 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.d
 def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 2") -> None:
     """Write beside, then rename: under this name there is the old file or the new one, never half of one.
 
-    The state may hold tensors and plain values (no NumPy, no paths). What cannot be written is a ValueError.
+    It holds tensors and plain values: NumPy or a Path is not read back. What the disk refuses is a ValueError.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # its own, whoever else may write
@@ -818,7 +818,7 @@ def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 2") -> dict:
                 raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever zip, zlib and torch say of damaged bytes
-        reason = str(error).split("\n")[0]
+        reason = re.split(r"\n|\. ", str(error))[0]  # after it, torch advises to trust the file
         raise ValueError(f"cannot read checkpoint {path} ({reason}): give a whole one of ftclip's") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != format:
