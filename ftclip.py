@@ -788,7 +788,7 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable, amp_dtype: torch.d
 def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 2") -> None:
     """Write beside, then rename: under this name there is the old file or the new one, never half of one.
 
-    It holds tensors and plain values: NumPy or a Path is not read back. What the disk refuses is a ValueError.
+    Holds tensors and plain values: NumPy or a Path is not read back. What the disk refuses is a ValueError.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # its own, whoever else may write
