@@ -53,6 +53,9 @@ OTHERS = {
     "default (python ftclip.py --data DIR)": ("", None),  # batch 8, lr by its square root: 3.75e-5
     "default, but lr by the batch: 2.3e-6": ("--batch-size 8", 6e-4 * 8 / 2048),
     "default, but lr of the recipe: 6e-4": ("--batch-size 8", 6e-4),
+    "default, linear probe at 6e-4": ("--batch-size 8 --train-blocks 0", 6e-4),
+    "recipe, EMA of a tenth": ("--ema-decay 0.98667", "decay"),
+    "recipe, crop and flip only": ("--randaug 0 --random-erasing 0", "decay"),
     "plain AdamW, one lr": SWEEPS["plain"][:1] + ("plain",),
     "from scratch": ("--pretrained none --layer-decay 1 --no-freeze-patch-embed", 1e-3),
 }
@@ -148,7 +151,23 @@ def draw(file: Path, results: dict[str, list[list[dict]]]) -> None:
         (
             right,
             [*partial, *OTHERS],
-            ["0", "1", "2", "3", "4", "5", "6", "default", "lr ∝\nbatch", "lr\n6e-4", "plain", "scratch"],
+            [
+                "0",
+                "1",
+                "2",
+                "3",
+                "4",
+                "5",
+                "6",
+                "default",
+                "lr ∝\nbatch",
+                "lr\n6e-4",
+                "probe\n6e-4",
+                "EMA\n1/10",
+                "crop,\nflip",
+                "plain",
+                "scratch",
+            ],
         ),
     ):
         means = [statistics.mean(map(top1, results[name])) for name in names]
