@@ -1124,6 +1124,7 @@ def test_a_run_leaves_what_readme_says(reference, data):
         from_pillow = transform(file)
     image = transform(ftclip.read_image(path))
     assert torch.equal(image, from_pillow) and image.shape == (3, 32, 32)
+    assert torch.equal(image, ftclip.eval_transform(ftclip.read_image(path), 32, **CLIP))
     assert model(image[None]).shape == (1, 3)
     best = max(line["ema_top1"] for line in lines[1:])
     assert ftclip.load_checkpoint(reference / "best.pt")["record"]["ema_top1"] == best
@@ -1492,6 +1493,11 @@ def test_two_processes_train_as_one_and_evaluate_every_image(reference, tiny, da
         [record["train_loss"] for record in outcome(run)["metrics"]] for run in (reference, tmp_path / "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    counts = [
+        [(line["images"], line["ema_correct"]) for line in outcome(path)["metrics"]]
+        for path in (reference, tmp_path / "two")
+    ]
+    assert counts[0] == counts[1] and counts[0][0][0] == 13
     evaluation = ["--eval", "--checkpoint", str(tmp_path / "two" / "best.pt"), "--data", str(data)]
     done = run(*evaluation, processes=2)
     ftclip.main([*evaluation, "--device", "cpu"])
