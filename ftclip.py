@@ -1099,7 +1099,7 @@ class Monitor:
     def __init__(self, plan: tuple, system: System, step: int, metrics: Path) -> None:
         self.plan, self.system, self.metrics = plan, system, metrics
         quiet = True if system.rank else None  # None: if it is no terminal
-        self.bar = tqdm(total=plan.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
+        self.bar = tqdm(total=plan.total_steps, initial=step, dynamic_ncols=True, delay=0.1, disable=quiet)
         self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data since then
         self.stops: list[int] = []  # only noted: torchrun may send several, which mean no more than one
         for number in STOP_SIGNALS:
@@ -1187,13 +1187,14 @@ def main(argv: list[str] | None = None) -> int:
     if changes:
         way = "give its values to resume it, or another --output"
         raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
+    # Here, or a stop signal could end some processes and leave the others waiting for them.
+    monitor = Monitor(plan, system, step, output / "metrics.jsonl")
     if dist.is_initialized():  # also, nobody may write before everybody has looked
         views: list = [None] * system.world
         dist.all_gather_object(views, (step, config))
         if any(view != views[0] for view in views):
             raise ValueError(f"not all processes see the same --data and {last}: put both where all see them")
     torch.manual_seed(plan.seed)
-    # A run that goes on has its weights in last.pt.
     classifier = build(state["model_config"]) if state else build(args.model, pretrained=plan.pretrained)
     classifier.to(system.device).trunk.set_grad_checkpointing(args.grad_checkpointing)
     describe(plan, system, classifier)
@@ -1206,7 +1207,6 @@ def main(argv: list[str] | None = None) -> int:
         if system.rank == 0:
             save_checkpoint(output / name, head | contents)
 
-    monitor = Monitor(plan, system, step, output / "metrics.jsonl")
     history, signals = train(plan, system, classifier, state, data_sets, save, monitor), monitor.stops
     monitor.bar.close()
     with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
