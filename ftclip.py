@@ -195,7 +195,7 @@ def model_config(model: str | dict) -> dict:
             raise ValueError("a ResNet, a tower of timm's, or another head")
         config = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
     except (ValueError, TypeError, KeyError):
-        way = "give one such as ViT-B-16 (all: open_clip.list_models()) or a model-config JSON"
+        way = "give one such as ViT-B-16 (all: open_clip.list_models()) or an existing model-config JSON"
         raise ValueError(f"--model {name} is not a plain ViT known to open_clip: {way}") from None
     return config | {"vision_cfg": vision}
 
@@ -230,8 +230,8 @@ def load_weights(model: str, pretrained: str) -> tuple[dict[str, Tensor], bool |
             path = open_clip.download_pretrained(tag) if tag else pretrained
             weights = open_clip.factory.load_state_dict(path)
     except Exception as error:  # noqa: BLE001, the first line of whatever hub, zip, pickle or safetensors say
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        way = "a file, none, or a network once (HF_HOME keeps it)" if tag else "a whole file of weights"
+        reason = re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0][:200]
+        way = "a file, none (see README), or a network once" if tag else "a whole file of weights"
         raise ValueError(f"cannot load --pretrained {pretrained} ({reason}): give {way}") from None
     # Of a whole CLIP, the text tower is left behind.
     weights = {name[7:]: value for name, value in weights.items() if name.startswith("visual.")} or weights
@@ -1074,7 +1074,7 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
         "lr": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)) + " from embeddings to head",
         "activation": "QuickGELU" if model.config["quick_gelu"] else "GELU",
         "parameters": f"{sum(n for n, on in sizes if on):,} of {sum(n for n, _ in sizes):,} are trained",
-        "curves.png": "each epoch" if importlib.util.find_spec("matplotlib") else "pip install matplotlib",
+        "curves": "each epoch" if importlib.util.find_spec("matplotlib") else "no: pip install matplotlib",
         "device": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {system.amp_dtype}",
     }
     print("\n".join(f"{name:<20} {value}" for name, value in values.items()))
@@ -1173,6 +1173,7 @@ def main(argv: list[str] | None = None) -> int:
             describe(plan, system, build(args.model, pretrained=plan.pretrained))
     elif args.preview and system.rank == 0:
         draw_preview(args.preview, plan, system, data_sets[0])
+        print(f"{args.preview}: 24 training images as the model gets them")
     if args.dry_run or args.preview:
         return 0
 
@@ -1198,8 +1199,7 @@ def main(argv: list[str] | None = None) -> int:
     classifier = build(state["model_config"]) if state else build(args.model, pretrained=plan.pretrained)
     classifier.to(system.device).trunk.set_grad_checkpointing(args.grad_checkpointing)
     describe(plan, system, classifier)
-    if state:
-        print(f"resumed from {last}, step {step}")
+    print(f"resumed from {last}, step {step}" if state else f"a new run in {output}")
     head = {"model_config": classifier.config, "classes": data_sets[0].classes, "config": config}
     head |= {"mean": CLIP_MEAN, "std": CLIP_STD}
 
@@ -1212,7 +1212,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(RuntimeError):  # the first to go would have torchrun end the others
         all_sum(0)
     if history:
-        print(f"finished: {best} has the best weights, chosen on val itself")
+        print(f"finished: {best} has the {'EMA' if plan.ema_decay else 'raw'} weights of val's best epoch")
         return 0
     name = signal.Signals(signals[0]).name if signals else "a signal to another process"
     print(f"stopped by {name}: the same command resumes from {last}")
