@@ -1096,10 +1096,10 @@ def draw_preview(file: str, plan: tuple, system: System, dataset: FolderDataset)
 class Monitor:
     """What a run tells, on a terminal by a bar, and in files; and the stop signals that it is sent."""
 
-    def __init__(self, plan: tuple, system: System, step: int, metrics: Path) -> None:
+    def __init__(self, plan: tuple, system: System, metrics: Path) -> None:
         self.plan, self.system, self.metrics = plan, system, metrics
         quiet = True if system.rank else None  # None: if it is no terminal
-        self.bar = tqdm(total=plan.total_steps, initial=step, dynamic_ncols=True, delay=0.1, disable=quiet)
+        self.bar = tqdm(total=plan.total_steps, unit="step", dynamic_ncols=True, delay=0.1, disable=quiet)
         self.since, self.waited = time.perf_counter(), 0.0  # seconds of waiting for data since then
         self.stops: list[int] = []  # only noted: torchrun may send several, which mean no more than one
         for number in STOP_SIGNALS:
@@ -1177,6 +1177,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run or args.preview:
         return 0
 
+    monitor = Monitor(plan, system, output / "metrics.jsonl")  # early: from here, all hear a stop signal
     may_change = ("name", "micro_batch_size", "accumulation", "save_every", "workers")
     config = {key: value for key, value in plan._asdict().items() if key not in may_change}
     last, best = output / "last.pt", output / "best.pt"
@@ -1184,12 +1185,11 @@ def main(argv: list[str] | None = None) -> int:
     if state is None and best.exists():
         raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
     step, was = (state["step"], state["config"]) if state else (0, config)
+    monitor.bar.n = monitor.bar.initial = step  # by which it estimates the time left
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]
     if changes:
         way = "give its values to resume it, or another --output"
         raise ValueError(f"{last} is of another run ({', '.join(changes)}): {way}")
-    # Here, or a stop signal could end some processes and leave the others waiting for them.
-    monitor = Monitor(plan, system, step, output / "metrics.jsonl")
     if dist.is_initialized():  # also, nobody may write before everybody has looked
         views: list = [None] * system.world
         dist.all_gather_object(views, (step, config))

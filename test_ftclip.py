@@ -1228,6 +1228,7 @@ def test_a_run_goes_on_from_last_pt_bit_for_bit(stop, reference, tiny, data, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_and_saves(number, reference, tiny, data, tmp_path, monkeypatch, capsys):
     step, seen = ftclip.train_step, []
+    signal.signal(number, signal.SIG_DFL)  # a shell may have started us with SIGINT ignored
 
     def interrupted(*args):
         seen.append(1)
