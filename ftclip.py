@@ -458,7 +458,7 @@ class RandAugment:
         "Equalize": lambda self, im, m, s: ImageOps.equalize(im),
         "Invert": lambda self, im, m, s: im.point(lambda v: 255 - v),
         "Rotate": lambda self, im, m, s: im.rotate(s * 30 * m, Image.BICUBIC, fillcolor=self.fill),
-        "Posterize": lambda self, im, m, s: im.point(lambda v: v & (255 << 4 + int(4 * m))),
+        "Posterize": lambda self, im, m, s: im.point(lambda v: v & (255 << (4 + int(4 * m)))),
         "Solarize": lambda self, im, m, s: im.point(lambda v: 255 - v if v >= 256 - int(256 * m) else v),
         "SolarizeAdd": lambda self, im, m, s: im.point(lambda v: v + int(110 * m) if v < 128 else v),
         "Color": lambda self, im, m, s: ImageEnhance.Color(im).enhance(max(0.1, 1 + s * 0.9 * m)),
@@ -671,10 +671,12 @@ def start_loader(dataset: Dataset, system: System, **options) -> Iterator:
     """Batches from a DataLoader, whose workers are deaf to stop signals: the step in hand still needs them.
 
     They inherit the blocked signals from their first moment on, and end when they find their parent gone.
+    Without a batch_sampler, it is this process's share: each image is in exactly one process.
     """
-    pin_memory, mask = system.device.type == "cuda", signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    share = {} if "batch_sampler" in options else {"sampler": range(system.rank, len(dataset), system.world)}
+    pinned, mask = system.device.type == "cuda", signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        return iter(DataLoader(dataset, num_workers=system.workers, pin_memory=pin_memory, **options))
+        return iter(DataLoader(dataset, num_workers=system.workers, pin_memory=pinned, **share, **options))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -928,8 +930,7 @@ def train(plan: tuple, system: System, classifier: nn.Module, state, data_sets, 
         record = {"epoch": epoch + 1, "train_loss": progress["loss_sum"] / plan.steps_per_epoch}
         record["lr"] = optimizer.param_groups[-1]["lr"]  # the head's, at the last step
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
-            share = range(system.rank, plan.num_val, system.world)  # each image in exactly one process
-            images = start_loader(data_sets[1], system, sampler=share, batch_size=64)
+            images = start_loader(data_sets[1], system, batch_size=min(64, plan.micro_batch_size))
             images = itertools.takewhile(lambda _: not monitor.stops, images)
             record |= evaluate(models, images, system.amp_dtype)
             if record["images"] < plan.num_val:  # summed: if one process was stopped, all know
@@ -1018,9 +1019,8 @@ def draw_demo(root: Path) -> None:
             x, y = (columns - rng.uniform(0, 32)) * wave, (rows - rng.uniform(0, 32)) * wave
             waves = {"checkerboard": x.sin() * y.sin(), "dots": x.sin() + y.sin() - 1, "stripes": y.sin()}
             waves |= {"diagonals": (x + y).sin(), "rings": x.hypot(y).sin(), "pillars": x.sin()}
-            ink = (waves[name] > 0).long()  # (32, 32)
             colours = [[rng.randrange(low, low + 100) for _ in range(3)] for low in rng.sample((0, 156), 2)]
-            image = torch.tensor(colours, dtype=torch.uint8)[ink]  # (32, 32, 3)
+            image = torch.tensor(colours, dtype=torch.uint8)[(waves[name] > 0).long()]  # (32, 32, 3)
             Image.fromarray(image.numpy()).save(part / split / name / f"{i:04d}.png")
     part.rename(root)
 
@@ -1072,6 +1072,7 @@ def describe(plan: tuple, system: System, model: CLIPClassifier) -> None:
         "recipe": f"{plan.recipe}: lr {paper['lr']:g} for a batch of {paper['batch_size']}",
         "batch_size": f"{plan.batch_size} = {chain}",
         "lr": " ".join(dict.fromkeys(f"{group['lr']:.4e}" for group in groups)) + " from embeddings to head",
+        "workers": system.workers,
         "activation": "QuickGELU" if model.config["quick_gelu"] else "GELU",
         "parameters": f"{sum(n for n, on in sizes if on):,} of {sum(n for n, _ in sizes):,} are trained",
         "curves": "each epoch" if importlib.util.find_spec("matplotlib") else "no: pip install matplotlib",
@@ -1090,7 +1091,7 @@ def draw_preview(file: str, plan: tuple, system: System, dataset: FolderDataset)
         tile, mixed = ImageOps.expand(tile, (0, 0, 0, 14)), label.nonzero() if label.ndim else [label]
         ImageDraw.Draw(tile).text((2, tile.height - 13), " + ".join(dataset.classes[i] for i in mixed))
         tiles.append(v2.functional.pil_to_tensor(tile))
-    v2.functional.to_pil_image(torchvision.utils.make_grid(tiles)).save(file)
+    v2.functional.to_pil_image(torchvision.utils.make_grid(tiles)).save(file, "PNG")
 
 
 class Monitor:
@@ -1159,8 +1160,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.eval:
         model, classes, transform = load_classifier(args.checkpoint, system.device)
         val_set = FolderDataset(f"{args.data or 'imagenet'}/val", read_image, transform, classes=classes)
-        share = range(system.rank, len(val_set), system.world)
-        images = start_loader(val_set, system, sampler=share, batch_size=args.micro_batch_size or 64)
+        images = start_loader(val_set, system, batch_size=args.micro_batch_size or 64)
         result = evaluate({"model": model}, images, system.amp_dtype)
         text = "{model_correct} of {images} right, top-1 {model_top1:.3f} %, top-5 {model_top5:.3f} %"
         print(f"{args.checkpoint}, {model.config['vision_cfg']['image_size']} pixels:", text.format(**result))
@@ -1182,8 +1182,8 @@ def main(argv: list[str] | None = None) -> int:
     config = {key: value for key, value in plan._asdict().items() if key not in may_change}
     last, best = output / "last.pt", output / "best.pt"
     state = load_checkpoint(last) if last.exists() else None
-    if state is None and best.exists():
-        raise ValueError(f"{output} has a best.pt of another run and no last.pt: give another --output")
+    if best.exists() if state is None else "step" not in state:
+        raise ValueError(f"{output} has a run's weights but no last.pt of it: give another --output")
     step, was = (state["step"], state["config"]) if state else (0, config)
     monitor.bar.n = monitor.bar.initial = step  # by which it estimates the time left
     changes = [f"{key} {was.get(key)} → {config[key]}" for key in config if config[key] != was.get(key)]

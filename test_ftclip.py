@@ -1172,12 +1172,10 @@ def test_preview_is_what_the_model_gets(tiny, data, tmp_path, monkeypatch):
             yield images, labels
 
     off = ["--randaug", "9", "--random-erasing", "0.5"]
-    assert (
-        ftclip.main(flags(tiny, data, tmp_path / "run", *off, "--preview", str(tmp_path / "sheet.png"))) == 0
-    )
+    assert ftclip.main(flags(tiny, data, tmp_path / "run", *off, "--preview", str(tmp_path / "sheet"))) == 0
     assert not (tmp_path / "run").exists()
     ftclip.main(flags(tiny, data, tmp_path / "run", *off))
-    sheet = tensor(Image.open(tmp_path / "sheet.png"))
+    sheet = tensor(Image.open(tmp_path / "sheet"))
     assert sheet.shape == (3, 3 * (128 + 14 + 2) + 2, 8 * (128 + 2) + 2)
     for i, (image, _) in enumerate(seen[:24]):
         top, left = 2 + i // 8 * (128 + 14 + 2), 2 + i % 8 * (128 + 2)
@@ -1189,8 +1187,9 @@ def test_preview_is_what_the_model_gets(tiny, data, tmp_path, monkeypatch):
 def test_best_pt_is_the_best_ema_epoch_and_the_first_step_is_saved(tiny, data, tmp_path, monkeypatch):
     scores, first = iter([20.0, 40.0, 30.0]), []
 
-    def scored(models, *_):
+    def scored(models, batches, *_):
         assert list(models) == ["raw", "ema"]
+        assert max(len(labels) for _, labels in batches) == 4  # what fits in training fits here
         return {"raw_top1": 99.0, "ema_top1": next(scores), "images": 13}
 
     step = ftclip.train_step
@@ -1608,6 +1607,7 @@ WALLS = {  # what is wrong → what the sentence must name
     "--train-blocks 4": "give 3 at most",
     "--output {reference}": r"of another run \(.*random_erasing .* → 0.1",
     "--output {best}": "no last.pt",
+    "--output {other}": "other has a run's weights but no last.pt of it",
     "--output {weights}/below": "below/last.pt .*Not a directory",
     "--output {reference} --data {fewer}": r"of another run \(.*num_images 48 → 47",
     "--output {reference} --data {unseen}": r"of another run \(.*num_val 13 → 12",

@@ -56,7 +56,7 @@ OTHERS = {
     "default, linear probe at 6e-4": ("--batch-size 8 --train-blocks 0", 6e-4),
     "recipe, EMA of a tenth": ("--ema-decay 0.98667", "decay"),
     "recipe, crop and flip only": ("--randaug 0 --random-erasing 0", "decay"),
-    "plain AdamW, one lr": SWEEPS["plain"][:1] + ("plain",),
+    "plain AdamW, one lr": (SWEEPS["plain"][0], "plain"),
     "from scratch": ("--pretrained none --layer-decay 1 --no-freeze-patch-embed", 1e-3),
 }
 
