@@ -28,32 +28,34 @@ the whole recipe. "The program", below it, turns flags into a run and prints. To
 import argparse
 import contextlib
 import copy
-import dataclasses
 import functools
+import glob
+import inspect
 import json
-import logging
 import math
 import os
 import random
 import re
 import sys
 import time
-import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 
@@ -64,77 +66,59 @@ class UserError(ValueError):
 # ------------------------------------------------------------------------------------ configuration
 
 
-def flag(help: str, default: typing.Any = None, choices: tuple | None = None) -> typing.Any:
-    """A field of Config with its text for --help."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclass
 class Config:
     """What a user can set. Each field is a flag: `weight_decay` is `--weight-decay`.
 
-    Where nothing is given and the default is None, `resolve` decides by the recipe, the number of
-    training images and the number of devices. What is given is used as given.
+    Where nothing is given and the default is None, `resolve` decides by the paper's recipe that is
+    nearest to the model, the number of training images and the number of devices. What is given is
+    used as given. The comments are the help texts of the flags.
     """
 
     # Model and data.
-    model: str = flag(
-        "open_clip name of a plain ViT, or a JSON file that describes one", "ViT-B-16"
-    )
-    pretrained: str = flag("open_clip tag, weights file, or none for random weights", "openai")
-    quick_gelu: bool | None = flag("QuickGELU instead of GELU (default: what the weights need)")
-    image_size: int | None = flag("side in pixels (default: the model's)")
-    data: str | None = flag("folder with train/<class>/* and val/<class>/* (default: imagenet)")
-    output: str | None = flag("folder for the run's files (default: runs/MODEL-SIZE)")
+    model: str = "ViT-B-16"  # open_clip name of a plain ViT, or a JSON file that describes one
+    pretrained: str = "openai"  # open_clip tag, weights file, or none for random weights
+    quick_gelu: bool | None = None  # QuickGELU instead of GELU; default: what the weights need
+    image_size: int | None = None  # side in pixels; default: the model's
+    data: str | None = None  # folder with train/<class>/* and val/<class>/*; default: imagenet
+    output: str | None = None  # folder for the run's files; default: runs/MODEL-SIZE
 
-    # Optimization. "Recipe" is the paper's run that is nearest to the model and the image size.
-    epochs: int | None = flag("passes over the training images (default: recipe)")
-    warmup_epochs: float | None = flag("epochs of rising lr (default: the recipe's share)")
-    batch_size: int | None = flag(
-        "images per optimizer step on all devices (default: recipe, less for few images)"
-    )
-    micro_batch_size: int | None = flag(
-        "images on one device at once; lower it if memory is short (default: recipe)"
-    )
-    lr: float | None = flag("peak lr of the head (default: recipe, scaled by the batch size)")
-    min_lr: float | None = flag("final lr of the head (default: recipe, scaled by the batch size)")
-    layer_decay: float | None = flag(
-        "lr of a layer over that of the layer above it, 1 is off (default: recipe)"
-    )
-    weight_decay: float = flag("weight decay of AdamW, 0 is off", 0.05)
-    ema_decay: float | None = flag("decay of the EMA, 0 is off (default: recipe, or a short run's)")
-    clip_grad: float = flag("largest norm of the gradient, 0 is off", 0.0)
-    train_blocks: int | None = flag(
-        "train only the last K blocks, norm and head; 0 is a linear probe (default: all)"
-    )
-    freeze_patch_embed: bool | None = flag("keep conv1 as it is (default: recipe)")
+    # Optimization.
+    epochs: int | None = None  # passes over the training images; default: recipe
+    warmup_epochs: float | None = None  # epochs of rising lr; default: the recipe's share
+    batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
+    micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
+    lr: float | None = None  # peak lr of the head; default: recipe, scaled by the batch size
+    min_lr: float | None = None  # final lr of the head; default: recipe, scaled likewise
+    layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
+    weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
+    ema_decay: float | None = None  # 0 is off; default: recipe, less in a short run
+    clip_grad: float = 0.0  # largest norm of the gradient, 0 is off
+    train_blocks: int | None = None  # train the last K blocks, 0: linear probe; default: all
+    freeze_patch_embed: bool | None = None  # keep conv1 as it is; default: recipe
 
     # Augmentation and regularization.
-    randaug: float = flag("mean magnitude of RandAugment, 0 to 10, 0 is off", 9.0)
-    random_erasing: float = flag("probability of a box of noise, 0 is off", 0.25)
-    crop_scale: float = flag("smallest area of a crop as a share of the image", 0.08)
-    mixup: float = flag("alpha of MixUp, 0 is off; with --cutmix, one of the two", 0.0)
-    cutmix: float = flag("alpha of CutMix, 0 is off", 0.0)
-    label_smoothing: float = flag("share of a label that is spread over all classes", 0.1)
-    drop_path: float = flag("drop path rate of the last block, 0 is off", 0.0)
+    randaug: float = 9.0  # mean magnitude of RandAugment, at most 10, 0 is off
+    random_erasing: float = 0.25  # probability of a box of noise, 0 is off
+    crop_scale: float = 0.08  # smallest area of a crop as a share of the image
+    mixup: float = 0.0  # alpha of MixUp, 0 is off; with --cutmix, one of the two is used
+    cutmix: float = 0.0  # alpha of CutMix, 0 is off
+    label_smoothing: float = 0.1  # share of a label that is spread over all classes
+    drop_path: float = 0.0  # drop path rate of the last block, 0 is off
 
     # The run.
-    seed: int = flag("seed of everything random", 0)
-    eval_every: int = flag("epochs between evaluations; the last epoch has one", 1)
-    save_minutes: float = flag("minutes between saves of last.pt within an epoch", 10.0)
-    workers: int | None = flag("loader processes per device (default: cores / devices)")
-    device: str | None = flag("(default: cuda if there is a GPU)", choices=("cuda", "cpu"))
-    amp: str | None = flag(
-        "precision of autocast (default: bf16, or what the device has)",
-        None,
-        ("bf16", "fp16", "none"),
-    )
-    grad_checkpointing: bool = flag("compute the blocks twice: slower, much less memory", False)
-    compile: bool = flag("torch.compile: minutes to start, then faster steps", False)
-    dry_run: bool = flag("print the plan of the run and write nothing", False)
-    eval: bool = flag("evaluate --checkpoint on DIR/val and exit", False)
-    checkpoint: str | None = flag("best.pt or last.pt for --eval")
-    demo: bool = flag("train a tiny ViT on images that the script draws", False)
+    seed: int = 0  # seed of everything random
+    eval_every: int = 1  # epochs between evaluations; the last epoch has one
+    save_minutes: float = 10.0  # minutes between saves of last.pt within an epoch
+    workers: int | None = None  # loader processes per device; default: cores / devices
+    device: Literal["cuda", "cpu"] | None = None  # default: cuda if there is a GPU
+    amp: Literal["bf16", "fp16", "none"] | None = None  # autocast; default: by the device
+    grad_checkpointing: bool = False  # compute the blocks twice: slower, much less memory
+    compile: bool = False  # torch.compile: minutes to start, then faster steps
+    dry_run: bool = False  # print the plan of the run and write nothing
+    eval: bool = False  # evaluate --checkpoint on DIR/val and exit
+    checkpoint: str | None = None  # best.pt or last.pt for --eval
+    demo: bool = False  # train a tiny ViT on images that the script draws
 
 
 @dataclass(frozen=True)
@@ -153,8 +137,8 @@ class Recipe:
     ema_decay: float = 0.9998
 
 
-# Source: the official scripts and logs. What the four runs share is the defaults of Config and
-# Recipe. All start from OpenAI's weights for 224 pixels, those at 384 and 336 with resized positions.
+# Source: the official scripts and logs. What the four runs share is in the defaults of Config and
+# Recipe. All start from OpenAI's weights for 224 pixels; at 384 and 336 positions are resized.
 RECIPES = {
     # model, image size       lr  decay  epochs, warm-up  batch, micro-batch  conv1 frozen  top-1
     ("ViT-B-16", 224): Recipe(6e-4, 0.60, 50, 10, 2048, 256, True, top1=85.7),
@@ -179,7 +163,7 @@ class Plan(Config):
         """The values that must be the same when a run is resumed; the others do not change it."""
         free = "model data output micro_batch_size accumulation workers device amp compile demo"
         free += " grad_checkpointing save_minutes dry_run eval checkpoint"
-        values = dataclasses.asdict(self)
+        values = asdict(self)
         return {name: value for name, value in values.items() if name not in free.split()}
 
 
@@ -194,7 +178,7 @@ def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> P
 
     Raises UserError for numbers that do not go together.
     """
-    plan = Plan(**dataclasses.asdict(config), num_images=num_images)
+    plan = Plan(**asdict(config), num_images=num_images)
 
     # Recipe: the paper's runs of a model of this depth, and of these the nearest image size.
     depth = "ViT-L-14" if layers > 12 else "ViT-B-16"
@@ -337,15 +321,15 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's image tower without its last norm and projection. Copy Attention, MLP and Block too.
 
-    Parameters have open_clip's names, so that its state dicts load strictly, and most arguments
-    have the names of its configurations.
+    Parameters have open_clip's names, so that its state dicts load strictly, and the first seven
+    arguments are those of its configurations.
 
     Args:
         head_width: width of an attention head.
         mlp_ratio: hidden width of the MLP over width.
-        no_ln_pre: leave out the norm before the first block, which most other ViTs do not have.
+        no_ln_pre: leave out the norm before the first block, which few ViTs but CLIP's have.
         quick_gelu: see MLP.
-        drop_path: rate of the last block; the first has 0, and it grows linearly in between.
+        drop_path: rate of the last block; it grows linearly from 0 at the first.
     """
 
     def __init__(
@@ -354,25 +338,23 @@ class VisionTransformer(nn.Module):
         patch_size: int,
         width: int,
         layers: int,
-        head_width: int = 64,
-        mlp_ratio: float = 4.0,
-        no_ln_pre: bool = False,
-        quick_gelu: bool = False,
+        head_width: int,
+        mlp_ratio: float,
+        no_ln_pre: bool,
+        quick_gelu: bool,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        scale = width**-0.5
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
         positions = 1 + (image_size // patch_size) ** 2
-        self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(positions, width) * width**-0.5)
         self.ln_pre = nn.Identity() if no_ln_pre else nn.LayerNorm(width)
-        heads = width // head_width
-        hidden = int(width * mlp_ratio)
         blocks = nn.ModuleList()
         for i in range(layers):
             rate = drop_path * i / max(1, layers - 1)
-            blocks.append(Block(width, heads, hidden, quick_gelu, rate))
+            hidden = int(width * mlp_ratio)
+            blocks.append(Block(width, width // head_width, hidden, quick_gelu, rate))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.grad_checkpointing = False
 
@@ -448,28 +430,28 @@ def model_config(model: str | dict) -> dict:
     """
     import open_clip  # not at the top: it takes a second, for which --help need not wait
 
-    try:
-        if isinstance(model, dict):
-            config = model
-        elif os.path.isfile(model):
+    if isinstance(model, dict):
+        config = model
+    elif os.path.isfile(model):
+        try:
             config = json.loads(Path(model).read_text())
-        else:
-            config = open_clip.get_model_config(model) or {}
-    except ValueError as error:
-        raise UserError(f"--model {model} is not valid JSON ({error}): correct it") from error
-    config = config.get("model_cfg", config)
-    vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64}
-    vision |= {"mlp_ratio": 4.0, "no_ln_pre": False}
-    about_output = ("pool_type", "final_ln_after_pool", "output_tokens")  # has no effect here
-    found = config.get("vision_cfg", {})
-    other = [key for key, value in found.items() if value and key not in vision]
-    other = [key for key in other if key not in about_output]
-    if other or not found or isinstance(found.get("layers"), list):
-        raise UserError(
-            f"--model {model} is not a plain ViT {other or 'that open_clip knows'}: give a name such "
-            "as ViT-B-16 (open_clip.list_models() has all), or an existing JSON file"
-        )
-    vision |= {key: value for key, value in found.items() if key in vision}
+        except ValueError as error:
+            raise UserError(f"--model {model} is not valid JSON ({error}): correct it") from error
+    else:
+        config = open_clip.get_model_config(model) or {}
+    config = config.get("model_cfg", config)  # the hub's files have it one level down
+    given = config.get("vision_cfg", {"no vision_cfg": True})
+    vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
+    vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
+    without_effect = ("pool_type", "final_ln_after_pool", "output_tokens")  # about the output
+    for key, value in given.items():
+        if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
+            vision[key] = value
+        elif value and key not in without_effect:
+            raise UserError(
+                f"--model {model} is not a plain ViT ({key}: {value}): give a name such as "
+                "ViT-B-16 (open_clip.list_models() has all), or an existing JSON file"
+            )
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
 
 
@@ -490,25 +472,32 @@ def pretrained_tag(model: str | dict, pretrained: str) -> dict:
     return tag
 
 
-def read_weights(path: str) -> dict:
-    """Contents of a weights file: a state dict, or a dict that has one inside.
+def read_weights(model: str | dict, pretrained: str) -> dict:
+    """Contents of a weights file or a tag: a state dict, or a dict that has one inside.
 
-    Reads OpenAI's TorchScript archives, safetensors and what torch.save writes. Nothing in a pickle
-    is executed. Raises UserError for a file that cannot be read.
+    A tag is downloaded once. A file may be OpenAI's TorchScript archive, safetensors, or from
+    torch.save; nothing in a pickle is executed. Raises UserError if it cannot be had or read.
     """
+    import open_clip
     import safetensors.torch
 
+    is_file = os.path.isfile(pretrained)
+    tag = {} if is_file else pretrained_tag(model, pretrained)
     try:
-        if path.endswith(".safetensors"):
+        path = pretrained if is_file else open_clip.download_pretrained(tag)
+        if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         with contextlib.suppress(RuntimeError):
             return torch.jit.load(path, map_location="cpu").state_dict()
         # Training scripts often save their flags, an argparse.Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # zip, pickle, safetensors and torch each have their own
+    except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
         reason = str(error).split("\n")[0].split(". ")[0]  # torch then advises to trust the file
-        raise UserError(f"cannot load weights from {path} ({reason}): give another file") from error
+        raise UserError(
+            f"cannot load --pretrained {pretrained} ({reason}): give another file, or a tag with a "
+            "network connection"
+        ) from error
 
 
 def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
@@ -522,7 +511,7 @@ def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
         return configured
     if not os.path.isfile(pretrained):
         return pretrained_tag(model, pretrained).get("quick_gelu", False)
-    contents = read_weights(pretrained)
+    contents = read_weights(model, pretrained)
     if configured or "input_resolution" in contents:  # which only OpenAI's own files have
         return True
     own_config = contents.get("model_config", {})  # of a best.pt of this program
@@ -537,47 +526,32 @@ def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
 def load_weights(model: str | dict, pretrained: str) -> dict[str, Tensor]:
     """Weights of an image tower, named as in VisionTransformer, from a tag or from a file.
 
-    A tag is downloaded once. A file may hold a tower or a whole CLIP, at the top level or under
-    "state_dict" or "model", with any prefix before the names. Raises UserError if the weights
-    cannot be had, or are not those of a CLIP ViT.
+    They may be of a tower or a whole CLIP, at the top level or under "state_dict" or "model", with
+    any prefix before the names. Raises UserError if they cannot be had or are not of a CLIP ViT.
     """
-    import open_clip
-
-    path = pretrained
-    if not os.path.isfile(pretrained):
-        tag = pretrained_tag(model, pretrained)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of ten tries
-        try:
-            path = open_clip.download_pretrained(tag)
-        except Exception as error:  # the hub and the network have many
-            raise UserError(
-                f"cannot download --pretrained {pretrained} ({str(error).splitlines()[0]}): "
-                "connect to the network once, or give a weights file"
-            ) from error
-    weights = read_weights(str(path))
+    weights = read_weights(model, pretrained)
     for key in ("state_dict", "model"):
         weights = weights.get(key, weights)
 
     # The tower is where conv1 is: behind "visual." in a whole CLIP, "module.visual." after DDP,
     # "trunk." in a best.pt of this program. Other parts are left behind.
-    conv1 = [name for name in weights if name.endswith("conv1.weight")]
-    prefix = conv1[0].removesuffix("conv1.weight") if conv1 else ""
-    tower = {}
-    for name, value in weights.items():
-        short_name = name.removeprefix(prefix)
-        if name.startswith(prefix) and not short_name.startswith(("proj", "ln_post.")):
-            tower[short_name] = value
-    if len(conv1) != 1 or "positional_embedding" not in tower:
+    prefixes = [name[: -len("conv1.weight")] for name in weights if name.endswith("conv1.weight")]
+    if len(prefixes) != 1:
+        names = ", ".join(list(weights)[:3])
         raise UserError(
-            f"--pretrained {pretrained} has no CLIP ViT, but {list(weights)[:3]}: give another file"
+            f"--pretrained {pretrained} has no CLIP ViT, but {names}: give another file"
         )
+    prefix = prefixes[0]
+    tower = {name[len(prefix) :]: weights[name] for name in weights if name.startswith(prefix)}
+    for unused in ("proj", "ln_post.weight", "ln_post.bias"):
+        tower.pop(unused, None)
     return tower
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """Position embeddings for another image size, (1 + old^2, width) to (1 + grid^2, width), float32.
+    """Position embeddings for another image size: (1 + old^2, width) to (1 + grid^2, width).
 
-    The class token's position stays as it is. The others are interpolated bicubically without
+    The result is float32. The class token's position stays as it is. The others are interpolated bicubically without
     antialias, as in the paper's runs. open_clip's own resize uses antialias, which is another
     kernel, also when it enlarges. Source: official run_class_finetuning.py:360-385.
     """
@@ -613,13 +587,13 @@ def build_model(
         quick_gelu: activation. None takes what the tag, the file or the configuration says.
         drop_path: drop path rate of the last block.
         train_blocks: number of last blocks to train besides norm and head. 0 is linear probing;
-            None, or all blocks, trains the embeddings too.
+            None, or as many as there are, trains the embeddings too.
         freeze_patch_embed: keep conv1 as it is. The paper freezes it at 224 pixels, where it sees
             what it saw in pretraining, and trains it at 384 and 336, where a patch shows less of
             the scene.
 
     Raises UserError for an unknown model or tag, an image size that is not a multiple of the
-    patch size, more blocks than there are, weights that do not fit, or an unknown activation.
+    patch size, weights that do not fit, or an unknown activation.
     """
     config = model_config(model)
     vision = config["vision_cfg"]
@@ -630,7 +604,7 @@ def build_model(
     if vision["image_size"] % patch_size:
         below = max(1, grid) * patch_size
         raise UserError(
-            f"--image-size {image_size} is not a multiple of the patch size of {patch_size} pixels: "
+            f"--image-size {image_size} is not a multiple of the patch size, {patch_size} pixels: "
             f"try {below} or {below + patch_size}"
         )
     if quick_gelu is None:
@@ -652,11 +626,7 @@ def build_model(
     classifier.config = config
 
     blocks = trunk.transformer["resblocks"]
-    if train_blocks is None:
-        train_blocks = len(blocks)
-    if train_blocks > len(blocks):
-        raise UserError(f"--train-blocks {train_blocks} is too many: {model} has {len(blocks)}")
-    if train_blocks < len(blocks):
+    if train_blocks is not None and train_blocks < len(blocks):
         trunk.requires_grad_(False)
         blocks[len(blocks) - train_blocks :].requires_grad_(True)
     if freeze_patch_embed:
@@ -794,7 +764,7 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
 
 
 class EMA:
-    """Exponential moving average of a model's weights: average += (1 - decay) * (weights - average).
+    """Exponential moving average of weights: average += (1 - decay) * (weights - average).
 
     Single steps jump around the place to which training goes, and their average is closer to it. In
     the four published runs the best EMA is 0.9 to 1.7 points above the best raw weights. The
@@ -859,8 +829,9 @@ class RandAugment:
     fill: tuple[int, int, int] = (123, 117, 104)  # what comes from outside the image: CLIP_MEAN
 
     OPS = (
-        "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
-        "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+        "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
+        "Color", "Contrast", "Brightness", "Sharpness",
+        "ShearX", "ShearY", "TranslateX", "TranslateY",
     )  # fmt: skip
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -946,16 +917,16 @@ def normalize(images: Tensor) -> Tensor:
 def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
     """Transform of an image for evaluation: resize its short side, take the middle, normalize.
 
-    The crop has the full height or width (crop ratio 1.0). The usual ratio of
-    0.875 cuts away an eighth of the height and of the width, and with them objects at the border. Copy normalize with it.
+    The crop has the full height or width (crop ratio 1.0). The usual ratio of 0.875 cuts away an
+    eighth of the height and of the width, and objects with it. Copy normalize with it.
 
     Takes uint8 (3, H, W) or a Pillow image, returns float32 (3, image_size, image_size).
     Source: official datasets.py:76-84.
     """
     if isinstance(image, Image.Image):
-        image = v2.functional.pil_to_tensor(image.convert("RGB"))
-    image = v2.functional.resize(image, [image_size], interpolation=BICUBIC, antialias=True)
-    return normalize(v2.functional.center_crop(image, [image_size]))
+        image = TF.pil_to_tensor(image.convert("RGB"))
+    image = TF.resize(image, [image_size], interpolation=BICUBIC, antialias=True)
+    return normalize(TF.center_crop(image, [image_size]))
 
 
 def random_erasing(images: Tensor, probability: float, rng: random.Random = random) -> Tensor:
@@ -968,7 +939,8 @@ def random_erasing(images: Tensor, probability: float, rng: random.Random = rand
     Args:
         images: normalized images (N, C, H, W).
         probability: chance of each image to be erased.
-        rng: source of the boxes, a random.Random or the module; the noise comes from torch's generator.
+        rng: source of the boxes, a random.Random or the module random. The noise comes from
+            torch's generator.
     """
     height, width = images.shape[2:]
     for image in images:
@@ -1002,7 +974,7 @@ def seed_generators(text: str) -> None:
     torch.manual_seed(random.getrandbits(63))
 
 
-def read_image(path: str | os.PathLike) -> Tensor:
+def read_image(path: str | Path) -> Tensor:
     """Read an image file as RGB, uint8 (3, H, W), whatever its own mode and format are.
 
     torchvision decodes JPEGs twice as fast as Pillow; Pillow reads everything else. EXIF rotation
@@ -1014,39 +986,19 @@ def read_image(path: str | os.PathLike) -> Tensor:
         if is_jpeg:
             # Pillow takes what torchvision cannot decode, or all once torchvision has no decoder.
             with contextlib.suppress(RuntimeError, AttributeError):
-                return torchvision.io.decode_image(str(path), torchvision.io.ImageReadMode.RGB)
+                return torchvision.io.decode_image(str(path), mode="RGB")
         with Image.open(path) as file:
             if file.mode.startswith("I"):  # 16 bits, of which the upper eight are kept
-                grey = v2.functional.pil_to_tensor(file.convert("I"))
+                grey = TF.pil_to_tensor(file.convert("I"))
                 return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
-            return v2.functional.pil_to_tensor(file.convert("RGB"))
+            return TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # each decoder has its own
         raise UserError(
             f"cannot read image {path} ({error}): replace it by a good one of the same name"
         ) from error
 
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm")
-IMAGE_ENDINGS += (".tif", ".tiff", ".avif")
-
-
-def list_images(folder: str) -> list[str]:
-    """Sorted paths of the images in a folder and the folders below it.
-
-    An image is told by the ending of its name. What begins with a dot is left out: systems and
-    notebooks put copies there. Raises OSError for a folder that cannot be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would leave the folder out
-
-    paths = []
-    for directory, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("."):
-                paths.append(os.path.join(directory, name))
-    return sorted(paths)
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
 
 class FolderDataset(Dataset):
@@ -1056,19 +1008,23 @@ class FolderDataset(Dataset):
     alone, so it is the same in any process, worker and restart. The key index gives an image for
     evaluation. Both return (transform(image), label).
 
+    An image is told by the ending of its name. What begins with a dot is left out, because systems
+    and notebooks put copies there.
+
     Args:
         root: folder of the class folders.
         transform: function of a uint8 image (3, H, W).
         seed: seed of the training samples.
-        classes: class names in the order of their labels. None takes the sorted folders. The names
-            of a training set make a validation set count the same labels; it may lack some.
+        classes: class names in the order of their labels; None takes the sorted folders. With the
+            names of the training images, validation images get the same labels; a class without
+            validation images is allowed.
 
-    Raises UserError for a folder that cannot be read, a class without images, or an unknown class.
+    Raises UserError for no such folder, a class without images, or a class that is not in classes.
     """
 
     def __init__(
         self,
-        root: str | os.PathLike,
+        root: str | Path,
         transform: Callable | None = None,
         seed: int = 0,
         classes: list[str] | None = None,
@@ -1078,23 +1034,22 @@ class FolderDataset(Dataset):
         self.samples: list[tuple[str, int]] = []  # path, label
         need = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/"
         try:
-            names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-            names = [name for name in names if not name.startswith(".")]
-            self.classes = names if classes is None else classes
-            for name in names:
-                if name not in self.classes:
-                    raise UserError(
-                        f"{root} has the class {name}, which training has not: remove it"
-                    )
-                paths = list_images(os.path.join(root, name))
-                if not paths:
-                    endings = ", ".join(IMAGE_ENDINGS)
-                    raise UserError(f"{root}/{name} has no file that ends in {endings}: {need}")
-                label = self.classes.index(name)
-                self.samples += [(path, label) for path in paths]
+            folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         except OSError as error:
-            raise UserError(f"cannot read {error.filename} ({error.strerror}): {need}") from error
-        if not self.samples:
+            raise UserError(f"cannot read {root} ({error.strerror}): {need}") from error
+        folders = [name for name in folders if not name.startswith(".")]
+        self.classes = folders if classes is None else classes
+        for name in folders:
+            if name not in self.classes:
+                raise UserError(f"{root} has the class {name}, which training has not: remove it")
+            files = glob.glob("**", root_dir=f"{root}/{name}", recursive=True)  # no dot files
+            files = sorted(file for file in files if file.lower().endswith(IMAGE_ENDINGS))
+            if not files:
+                endings = ", ".join(IMAGE_ENDINGS)
+                raise UserError(f"{root}/{name} has no file that ends in {endings}: {need}")
+            label = self.classes.index(name)
+            self.samples += [(f"{root}/{name}/{file}", label) for file in files]
+        if not folders:
             raise UserError(f"{root} has no class folder: {need}")
 
     def __len__(self) -> int:
@@ -1197,11 +1152,9 @@ class DeviceBatches:
         plan = self.plan
         device = self.process.device
         rank = self.process.rank
-        mixes: list[Callable] = []
-        if plan.mixup > 0:
-            mixes.append(v2.MixUp(alpha=plan.mixup, num_classes=len(self.dataset.classes)))
-        if plan.cutmix > 0:
-            mixes.append(v2.CutMix(alpha=plan.cutmix, num_classes=len(self.dataset.classes)))
+        alphas = {v2.MixUp: plan.mixup, v2.CutMix: plan.cutmix}
+        classes = len(self.dataset.classes)
+        mixes = [mix(alpha=a, num_classes=classes) for mix, a in alphas.items() if a > 0]
         steps = range(self.first, plan.total_steps)
         sizes = [plan.num_images, plan.batch_size, plan.micro_batch_size]
         keys = MicroBatches(*sizes, steps, plan.seed, rank, self.process.world)
@@ -1297,7 +1250,7 @@ def train_step(
 
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
@@ -1329,17 +1282,15 @@ def evaluate(
         for row, model in zip(counts, models.values()):
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model.eval()(images)
-            best = logits.topk(min(5, logits.shape[1])).indices
-            hits = best == labels[:, None]  # (N, 5), at most one per row
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
             row[0] += hits[:, 0].sum()
             row[1] += hits.sum()
             row[2] += len(labels)
     result = {}
     for name, (top1, top5, total) in zip(models, all_sum(counts).tolist()):
-        result[f"{name}_top1"] = 100 * top1 / max(1, total)
-        result[f"{name}_top5"] = 100 * top5 / max(1, total)
-        result["images"] = total
-    return result
+        result[f"{name}_top1"] = 100 * top1 / total
+        result[f"{name}_top5"] = 100 * top5 / total
+    return result | {"images": total}
 
 
 def eval_loader(dataset: Dataset, process: Process, workers: int, batch_size: int) -> DataLoader:
@@ -1353,7 +1304,7 @@ def eval_loader(dataset: Dataset, process: Process, workers: int, batch_size: in
     )
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 3") -> None:
+def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> None:
     """Write tensors and plain values to a file, so that it always is the old or the new one, whole.
 
     The file is written beside and renamed when it is complete. Raises UserError if it cannot be
@@ -1372,11 +1323,10 @@ def save_checkpoint(path: str | os.PathLike, state: dict, format: str = "ftclip 
         cause = error.__context__ or error  # what the disk said, under what torch says of it
         raise UserError(f"cannot write {path} ({cause}): make room, or write elsewhere") from error
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()  # if it is still there
+        part.unlink(missing_ok=True)  # after a failure it is still there
 
 
-def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 3") -> dict:
+def load_checkpoint(path: str | Path, format: str = "ftclip 3") -> dict:
     """Read what save_checkpoint wrote, to the CPU. Only tensors and plain values are accepted.
 
     Raises UserError for a file that is missing, damaged, or not of this format.
@@ -1399,8 +1349,8 @@ def load_checkpoint(path: str | os.PathLike, format: str = "ftclip 3") -> dict:
 
 
 def load_classifier(
-    path: str | os.PathLike, device: str | torch.device = "cpu"
-) -> tuple[CLIPClassifier, list[str], Callable[[Tensor | Image.Image], Tensor]]:
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[CLIPClassifier, list[str], Callable]:
     """A trained model for use, from best.pt, or the EMA weights of last.pt.
 
     Copy the part "model", eval_transform, normalize and load_checkpoint with it.
@@ -1444,19 +1394,20 @@ def train(
     train_set: FolderDataset,
     val_set: FolderDataset,
     output: Path,
-    progress: "Progress",
     state: dict | None = None,
-) -> list[dict]:
-    """A run: steps, and an evaluation at the end of each epoch, to the end of the plan.
+) -> Iterator[dict]:
+    """A run, as a generator that reports what happens: the caller prints it.
 
     Args:
         classifier: on the device.
         output: folder for last.pt and best.pt, which rank 0 writes.
-        progress: what is told about the run.
         state: contents of last.pt, to go on from there. The run then enters the loop in the
             middle; nothing else distinguishes it.
 
-    Returns a record for each epoch. Raises UserError if the loss or the weights are not finite.
+    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: number, loss and lr of
+    the last step, steps and seconds of waiting for data since the last report. Yields at the end of
+    each epoch {"history"}: a record for each epoch so far, with accuracies if it was evaluated.
+    Raises UserError if the loss or the weights are not finite.
     """
     num_layers = len(classifier.trunk.transformer["resblocks"])
     groups = param_groups(classifier, num_layers, plan.lr, plan.layer_decay, plan.weight_decay)
@@ -1476,18 +1427,18 @@ def train(
         loss_sum = state["loss_sum"]
 
     model: nn.Module = torch.compile(classifier) if plan.compile else classifier
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     batches = DeviceBatches(train_set, plan, process, first=step)
     micro_batches = iter(batches)
     val_batches = eval_loader(val_set, process, plan.workers, min(64, plan.micro_batch_size))
-    about = {"model_config": classifier.config, "classes": train_set.classes}
+    about = {"model_config": classifier.config, "classes": train_set.classes, "plan": plan.fixed()}
 
     def save_last() -> None:
         if process.rank == 0:
             weights = {name: part.state_dict() for name, part in parts.items()}
             position = {"step": step, "history": history, "loss_sum": loss_sum}
-            save_checkpoint(output / "last.pt", about | weights | position | {"plan": plan.fixed()})
+            save_checkpoint(output / "last.pt", about | weights | position)
 
     losses: list[Tensor] = []
     saved = time.monotonic()
@@ -1514,27 +1465,28 @@ def train(
                 means = mean_losses(losses, classifier, step, process.world)
                 for mean in means:  # one by one: the same sum, wherever a run was resumed
                     loss_sum += mean
+                speed = {"steps": len(losses), "waited": batches.waited}
+                yield {"step": step, "loss": means[-1], "lr": lr} | speed
                 losses.clear()
-                progress.report(step, means[-1], lr, batches.waited)
+                batches.waited = 0.0
                 if time.monotonic() - saved >= 60 * plan.save_minutes and step < epoch_end:
                     save_last()
                     saved = time.monotonic()
 
-        record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch}
-        record["lr"] = optimizer.param_groups[-1]["lr"]  # of the head
+        head_lr = optimizer.param_groups[-1]["lr"]
+        record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch, "lr": head_lr}
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
             models = {"raw": classifier, "ema": ema.module}
             record |= evaluate(models, val_batches, process.amp_dtype)
-            best = max((past.get("ema_top1", -1.0) for past in history), default=-1.0)
-            if record["ema_top1"] > best and process.rank == 0:
+            past = [other.get("ema_top1", -1.0) for other in history]
+            if process.rank == 0 and record["ema_top1"] > max(past, default=-1.0):
                 weights = {"model": ema.module.state_dict(), "record": record}
                 save_checkpoint(output / "best.pt", about | weights)
         history.append(record)
         loss_sum = 0.0
         save_last()
         saved = time.monotonic()
-        progress.end_epoch(history)
-    return history
+        yield {"history": history}
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -1567,17 +1519,19 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         argument_default=argparse.SUPPRESS,  # `given` has only the flags that were given
         allow_abbrev=False,
     )
-    for field in dataclasses.fields(Config):
+    help_texts = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(Config)))
+    for field in fields(Config):
         name = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"]
+        help = help_texts[field.name]
         if field.default not in (None, False):
-            help += f" (default: {field.default})"
-        kind = typing.get_args(field.type) or (field.type,)  # float of float | None
-        if kind[0] is bool:
+            help += f"; default: {field.default}"
+        kind = (get_args(field.type) or [field.type])[0]  # float of float | None
+        choices = get_args(kind) or None  # of a Literal
+        if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
         else:
-            choices = field.metadata["choices"]
-            parser.add_argument(name, type=kind[0], choices=choices, help=help)
+            kind = str if choices else kind
+            parser.add_argument(name, type=kind, choices=choices, help=help)
     given = vars(parser.parse_args(argv))
     if "demo" in given:
         given = DEMO_FLAGS | given
@@ -1597,16 +1551,16 @@ def start_process(config: Config) -> Process:
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = config.device == "cuda" or (config.device is None and torch.cuda.is_available())
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} has none of {torch.cuda.device_count()} GPUs "
-            f"(torch {torch.__version__}): start one process per GPU, or give --device cpu"
-        )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    on_gpu = torch.cuda.is_available() if config.device is None else config.device == "cuda"
     amp = config.amp or "none"
     if on_gpu:
-        torch.cuda.set_device(device)
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(
+                f"process {local_rank} has none of {gpus} GPUs (torch {torch.__version__}): "
+                "start one process per GPU, or give --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         amp = config.amp or ("bf16" if bf16 else "fp16")
     if "RANK" in os.environ and not config.dry_run:
@@ -1615,6 +1569,7 @@ def start_process(config: Config) -> Process:
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=1)
         )
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Process(device, amp_dtype, rank, world)
 
 
@@ -1643,7 +1598,7 @@ def print_plan(plan: Plan, process: Process, model: CLIPClassifier) -> None:
     name, size = plan.recipe
     print(f"Recipe: {name} at {size} pixels, {recipe.top1} % top-1 on ImageNet-1k in the paper")
     print(f"  {'':20} {'recipe':>10} {'this run':>10}")
-    for key, value in dataclasses.asdict(recipe).items():
+    for key, value in asdict(recipe).items():
         if key != "top1":
             print(f"  {key:20} {value!s:>10} {str(getattr(plan, key))[:10]:>10}")
     print(
@@ -1670,51 +1625,32 @@ Schedule: {plan.epochs} epochs, {plan.total_steps:,} steps
             print(f"  {layer:>2}  lr {members[0]['lr']:.2e}  {text}")
 
 
-class Progress:
-    """Reports a run on the terminal, in one line that is overwritten, and in metrics.jsonl."""
-
-    def __init__(self, plan: Plan, process: Process, output: Path, first: int) -> None:
-        self.plan = plan
-        self.process = process
-        self.metrics = output / "metrics.jsonl"
-        self.step = first  # of the last report, as the two below
-        self.waited = 0.0
-        self.time = time.perf_counter()
-
-    def report(self, step: int, loss: float, lr: float, waited: float) -> None:
-        """Loss and lr of a step, and the speed since the last report."""
-        steps = step - self.step
-        seconds = time.perf_counter() - self.time
-        waiting = (waited - self.waited) / seconds
-        speed = steps * self.plan.batch_size / seconds
-        left = timedelta(seconds=round(seconds / steps * (self.plan.total_steps - step)))
-        text = (
-            f"step {step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{speed:,.0f} images/s  {waiting:.0%} waiting for data  {left} left"
-        )
-        if self.process.device.type == "cuda":
-            text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        if self.process.rank == 0:
-            print(text, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-        self.step = step
-        self.waited = waited
-        self.time = time.perf_counter()
-
-    def end_epoch(self, history: list[dict]) -> None:
-        """The last and the best accuracy in words; the plan and all records to metrics.jsonl."""
-        self.time = time.perf_counter()
-        if self.process.rank > 0:
-            return
-        record = history[-1]
-        text = f"epoch {record['epoch']}/{self.plan.epochs}  train loss {record['train_loss']:.4f}"
-        if "ema_top1" in record:
-            for name in ("raw", "ema"):
-                best = max(history, key=lambda past: past.get(f"{name}_top1", -1.0))
-                text += f"  {name} top-1 {record[f'{name}_top1']:.2f} %"
-                text += f" (best {best[f'{name}_top1']:.2f} % in epoch {best['epoch']})"
-        print(text.ljust(100))
-        lines = [{"plan": dataclasses.asdict(self.plan)}, *history]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output: Path) -> None:
+    """Run `train`: print what it yields and write the records of the epochs to metrics.jsonl."""
+    began = time.perf_counter()
+    for report in reports:
+        seconds = time.perf_counter() - began
+        if process.rank == 0 and "step" in report:
+            speed = report["steps"] / seconds
+            left = timedelta(seconds=round((plan.total_steps - report["step"]) / speed))
+            waiting = report["waited"] / seconds
+            text = "step {step:,}  loss {loss:.4f}  lr {lr:.2e}".format(**report)
+            text += f"  {speed * plan.batch_size:,.0f} images/s  {waiting:.0%} waiting for data"
+            if process.device.type == "cuda":
+                text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            print(f"{text}  {left} left", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        elif process.rank == 0:
+            history = report["history"]
+            last = history[-1]
+            text = "epoch {epoch}  train loss {train_loss:.4f}".format(**last)
+            for key in sorted(last.keys() & {"raw_top1", "ema_top1"}):
+                best = max(history, key=lambda record: record.get(key, -1.0))
+                text += f"  {key} {last[key]:.2f} % (best {best[key]:.2f} in epoch {best['epoch']})"
+            print(text.ljust(100), flush=True)
+            lines = [{"plan": asdict(plan)}, *history]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (output / "metrics.jsonl").write_text(text)
+        began = time.perf_counter()
 
 
 def load_last(output: Path, plan: Plan, vision: dict, classes: list[str]) -> dict | None:
@@ -1778,28 +1714,19 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(config.output or f"runs/{name}").expanduser()
     data = Path(config.data or (output / "data" if config.demo else "imagenet")).expanduser()
 
-    if config.dry_run and config.data is None and not data.is_dir():
-        classes = DEMO_CLASSES if config.demo else range(1000)
-        num_images = 3000 if config.demo else 1_281_167  # as ImageNet has
-    else:
+    num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)
+    if config.data is not None or data.is_dir() or not config.dry_run:
         if config.demo and not data.is_dir():
             if process.rank == 0:
                 draw_demo(data)
             all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
         train_set = FolderDataset(data / "train", seed=config.seed)
         val_set = FolderDataset(data / "val", classes=train_set.classes)
-        classes = train_set.classes
-        num_images = len(train_set)
+        num_images, num_classes = len(train_set), len(train_set.classes)
     plan = resolve(config, vision["layers"], num_images, process.world)
 
-    state = None
-    pretrained = plan.pretrained
-    if not plan.dry_run:
-        state = load_last(output, plan, vision, classes)
+    state = None if plan.dry_run else load_last(output, plan, vision, train_set.classes)
     step = 0 if state is None else state["step"]
-    if state is not None:  # has the weights, and the configuration with the activation
-        model = state["model_config"]
-        pretrained = "none"
     if process.world > 1 and not plan.dry_run:
         views: list = [None] * process.world
         dist.all_gather_object(views, (step, plan.fixed()))
@@ -1811,9 +1738,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(plan.seed)
     with torch.device("meta" if plan.dry_run else "cpu"):  # meta: shapes without numbers
         classifier = build_model(
-            model,
-            len(classes),
-            pretrained,
+            model if state is None else state["model_config"],
+            num_classes,
+            plan.pretrained if state is None else "none",  # the state has the weights
             plan.image_size,
             plan.quick_gelu,
             plan.drop_path,
@@ -1830,11 +1757,11 @@ def main(argv: list[str] | None = None) -> None:
     randaug = RandAugment(plan.randaug) if plan.randaug > 0 else None
     train_set.transform = train_transform(plan.image_size, plan.crop_scale, randaug)
     val_set.transform = functools.partial(eval_transform, image_size=plan.image_size)
-    progress = Progress(plan, process, output, step)
     if process.rank == 0:
         print(f"A run in {output}, from step {step:,}", flush=True)
     try:
-        train(plan, process, classifier, train_set, val_set, output, progress, state)
+        reports = train(plan, process, classifier, train_set, val_set, output, state)
+        print_reports(reports, plan, process, output)
     except KeyboardInterrupt:
         raise UserError(f"stopped: the same command resumes from {output}/last.pt") from None
     if process.rank == 0:

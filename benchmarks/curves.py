@@ -1,17 +1,26 @@
-"""The four published runs by epoch, as their logs print them: what to expect, and when the best epoch comes.
+"""Draw runs by epoch: loss, top-1 and learning rate.
 
-    python benchmarks/curves.py [--output benchmarks/official_runs.png]    # needs matplotlib
+    python benchmarks/curves.py runs/*/metrics.jsonl --output curves.png
+    python benchmarks/curves.py --published --output benchmarks/official_runs.png
 
-Top-1 on ImageNet-1k's validation set of the raw and of the EMA weights, from the training logs that the
-official repository publishes (github.com/LightDXY/FT-CLIP, commit 3f9cefa). That of B/16 at 384 ends after 33
-of 50 epochs.
+The first command draws your own runs, in one colour each, under the names of their folders. The
+second draws the four published runs as their logs print them: what to expect, and in which epoch
+the best comes. Needs matplotlib.
 """
 
 import argparse
+import json
+from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed
 import matplotlib.pyplot as plt
 
-RUNS = """
+# Top-1 on the validation set of ImageNet-1k, from the training logs in the official repository
+# (github.com/LightDXY/FT-CLIP, commit 3f9cefa). The log of B/16 at 384 ends after 33 of 50 epochs.
+# Each run: name; epochs of the recipe; raw top-1 by epoch; EMA top-1 by epoch.
+PUBLISHED = """
 B/16, 224; 50;
 52.116 76.212 79.16 80.696 81.182 81.348 81.464 81.676 81.774 81.752 82.018 82.474 82.41 82.648 82.906
 83.046 83.168 83.212 83.426 83.528 83.386 83.706 83.622 83.618 83.844 83.724 83.682 83.876 83.87 83.768
@@ -41,36 +50,81 @@ L/14, 336; 30;
 87.2 87.244 87.31 87.222 87.166 87.222 87.178 87.008 87.138 87.104 87.044 87.1 87.128 87.128 87.11;
 24.094 41.983 58.369 71.329 79.754 83.275 85.119 86.062 86.69 87.156 87.526 87.762 87.932 88.07 88.14
 88.206 88.26 88.306 88.328 88.302 88.25 88.192 88.18 88.152 88.052 87.994 87.916 87.866 87.81 87.73
-"""  # name; epochs of the recipe; raw top-1 by epoch; EMA top-1 by epoch
+"""
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a run, one per epoch. The first line of the file has the plan."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "epoch" in line]
+
+
+def draw_runs(files: list[Path], output: Path) -> None:
+    """Loss, raw and EMA top-1, and lr of the head by epoch."""
+    figure, (loss, top1, lr) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for i, file in enumerate(files):
+        records = read_metrics(file)
+        name = file.resolve().parent.name
+        color = f"C{i % 10}"
+        epochs = [record["epoch"] for record in records]
+        loss.plot(epochs, [record["train_loss"] for record in records], ".-", color=color)
+        lr.plot(epochs, [record["lr"] for record in records], ".-", color=color, label=name)
+        # With --eval-every above 1, not every epoch has an evaluation.
+        evaluated = [record for record in records if "ema_top1" in record]
+        epochs = [record["epoch"] for record in evaluated]
+        for key, style in (("raw_top1", ".:"), ("ema_top1", ".-")):
+            top1.plot(epochs, [record[key] for record in evaluated], style, color=color)
+    top1.plot([], [], ":", color="0.3", label="raw")
+    top1.plot([], [], "-", color="0.3", label="EMA")
+    top1.legend()
+    lr.legend()
+    for axes, title in ((loss, "training loss"), (top1, "top-1, %"), (lr, "lr of the head")):
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=80)
+
+
+def draw_published(output: Path) -> None:
+    """Raw and EMA top-1 of the four published runs by epoch."""
+    figure, all_axes = plt.subplots(1, 4, figsize=(11, 2.7), layout="constrained")
+    for axes, run in zip(all_axes, PUBLISHED.split("\n\n")):
+        name, epochs, raw, ema = run.strip().split(";")
+        epochs = int(epochs)
+        raw = [float(value) for value in raw.split()]
+        ema = [float(value) for value in ema.split()]
+        best = max(ema)
+        best_epoch = ema.index(best) + 1
+        axes.plot(range(1, len(raw) + 1), raw, color="0.6", label="raw")
+        axes.plot(range(1, len(ema) + 1), ema, color="C0", label="EMA")
+        axes.plot(best_epoch, best, "C3o")
+        offset = {"textcoords": "offset points"}
+        axes.annotate(f"best {best:.2f}", (best_epoch, best), (0, 5), ha="center", **offset)
+        if len(ema) == epochs:
+            axes.plot(epochs, ema[-1], "C0s")
+            axes.annotate(f"last {ema[-1]:.2f}", (epochs, ema[-1]), (0, -22), ha="right", **offset)
+        axes.set(title=name, xlabel="epoch", xlim=(0, epochs + 1), ylim=(best - 6, best + 0.7))
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("top-1, %")
+    all_axes[0].legend(loc="lower right")
+    figure.savefig(output, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", default="benchmarks/official_runs.png")
+    parser.add_argument("metrics", nargs="*", type=Path, help="metrics.jsonl of one or more runs")
+    parser.add_argument("--published", action="store_true", help="draw the published runs instead")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"))
     args = parser.parse_args()
-    figure, all_axes = plt.subplots(1, 4, figsize=(11, 2.7), layout="constrained")
-    for axes, run in zip(all_axes, RUNS.split("\n\n")):
-        name, epochs, raw, ema = run.strip().split(";")
-        epochs, raw, ema = int(epochs), list(map(float, raw.split())), list(map(float, ema.split()))
-        best = ema.index(max(ema))
-        axes.plot(range(1, len(raw) + 1), raw, color="0.6", label="raw")
-        axes.plot(range(1, len(ema) + 1), ema, color="C0", label="EMA")
-        axes.plot(best + 1, ema[best], "C3o")
-        axes.annotate(
-            f"best {ema[best]:.2f}", (best + 1, ema[best]), (0, 5), textcoords="offset points", ha="center"
-        )
-        if len(ema) == epochs:
-            axes.plot(epochs, ema[-1], "C0s")
-            axes.annotate(
-                f"last {ema[-1]:.2f}", (epochs, ema[-1]), (0, -22), textcoords="offset points", ha="right"
-            )
-        axes.set(title=name, xlabel="epoch", xlim=(0, epochs + 1), ylim=(max(ema) - 6, max(ema) + 0.7))
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("top-1, %")
-    all_axes[0].legend(loc="lower right")
-    figure.savefig(args.output, dpi=80)
+    if args.published == bool(args.metrics):
+        parser.error("give either metrics.jsonl files or --published")
+    if args.published:
+        draw_published(args.output)
+    else:
+        draw_runs(args.metrics, args.output)
+    print(f"{args.output} is drawn")
 
 
 if __name__ == "__main__":
