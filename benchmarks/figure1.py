@@ -37,7 +37,10 @@ LONG = f"--epochs 100 {STRONG}"
 SWEEPS = {  # name: (flags, learning rates), each on seed 0
     "no decay": (f"--layer-decay 1 --ema-decay 0 {LONG}", (1e-4, 3e-4, 1e-3, 3e-3)),
     "decay": (LONG, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "plain": ("--layer-decay 1 --ema-decay 0 --randaug 0 --random-erasing 0", (1e-4, 3e-4, 1e-3, 3e-3)),
+    "plain": (
+        "--layer-decay 1 --ema-decay 0 --randaug 0 --random-erasing 0",
+        (1e-4, 3e-4, 1e-3, 3e-3),
+    ),
 }
 STEPS = {  # name: (flags, the learning rate or the sweep that chose it)
     "the usual setting": (f"--layer-decay 1 --ema-decay 0 {LONG}", 1e-3),
@@ -73,7 +76,12 @@ def write_images(root: Path) -> None:
         images = FashionMNIST(root, train=split == "train", download=True)
         for i, (image, label) in enumerate(images):
             name = images.classes[label]
-            folder = part / ("pretrain" if name in PRETRAINED_ON else "rest") / split / name.split("/")[0]
+            folder = (
+                part
+                / ("pretrain" if name in PRETRAINED_ON else "rest")
+                / split
+                / name.split("/")[0]
+            )
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{i:05d}.png")
     (part / "pretrain").rename(root / "pretrain")
@@ -96,10 +104,15 @@ def run(output: Path, flags: str) -> list[dict]:
     output.mkdir(parents=True, exist_ok=True)
     result = output / "result.json"
     if not result.exists():
-        began, command = time.perf_counter(), [sys.executable, FTCLIP, *flags.split(), "--output", output]
+        began, command = (
+            time.perf_counter(),
+            [sys.executable, FTCLIP, *flags.split(), "--output", output],
+        )
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(output / "log.txt", "a") as log:
-            subprocess.run([*command, "--workers", "1"], env=environment, stdout=log, stderr=log, check=True)
+            subprocess.run(
+                [*command, "--workers", "1"], env=environment, stdout=log, stderr=log, check=True
+            )
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         records[-1]["seconds"] = time.perf_counter() - began
         result.write_text(json.dumps(records))
@@ -111,20 +124,24 @@ def pretrain(root: Path) -> str:
     """The flags of the pretrained ViT."""
     model, trunk = root / "vit.json", root / "trunk.pt"
     model.write_text(json.dumps({"embed_dim": 64, "vision_cfg": VIT}))
-    flags = (
-        f"--model {model} --data {root}/pretrain --pretrained none --layer-decay 1 --no-freeze-patch-embed"
+    flags = f"--model {model} --data {root}/pretrain --pretrained none --layer-decay 1 --no-freeze-patch-embed"
+    flags += (
+        " --lr 1e-3 --batch-size 128 --epochs 20 --warmup-epochs 2 --eval-every 10 --crop-scale 0.3"
     )
-    flags += " --lr 1e-3 --batch-size 128 --epochs 20 --warmup-epochs 2 --eval-every 10 --crop-scale 0.3"
     records = run(root / "pretraining", flags)
     state = torch.load(root / "pretraining/best.pt", weights_only=True)["model"]
-    torch.save({name[6:]: value for name, value in state.items() if name.startswith("trunk.")}, trunk)
+    torch.save(
+        {name[6:]: value for name, value in state.items() if name.startswith("trunk.")}, trunk
+    )
     print(
         f"pretraining: top-1 {records[-1]['ema_top1']:.2f} % of five classes, {records[-1]['seconds']:.0f} s"
     )
     return f"--model {model} --pretrained {trunk} --no-quick-gelu"
 
 
-def fine_tune(root: Path, start: str, name: str, flags: str, lr: float | None, seed: int) -> list[dict]:
+def fine_tune(
+    root: Path, start: str, name: str, flags: str, lr: float | None, seed: int
+) -> list[dict]:
     """One run; with a learning rate, the batch is 32, else both are ftclip's defaults."""
     epochs = 100 if "--epochs 100" in flags else 50
     flags += f" --crop-scale 0.3 --eval-every {epochs // 2} --seed {seed} --data {root}/data-{seed}"
@@ -176,7 +193,9 @@ def draw(file: Path, results: dict[str, list[list[dict]]]) -> None:
         joined = len(names) if axes is left else len(partial)
         axes.plot(range(joined), means[:joined], "o-", color="C0")
         axes.plot(range(joined, len(names)), means[joined:], "o", color="C1")
-        axes.set_xticks(range(len(names)), [label.replace(" ", "\n", 1) for label in labels], fontsize=7)
+        axes.set_xticks(
+            range(len(names)), [label.replace(" ", "\n", 1) for label in labels], fontsize=7
+        )
         axes.grid(axis="y", alpha=0.3)
     left.set_title("Figure 1's steps in miniature, each with those before it", fontsize=9)
     right.set_title("tuned blocks of 6, with the recipe; then other ways", fontsize=9)
@@ -219,7 +238,9 @@ def main() -> None:
                 futures[name].append(submit(name, flags, chosen.get(lr, lr), seed))
         results = {name: [future.result() for future in runs] for name, runs in futures.items()}
 
-    print("| step | top-1, mean ± deviation | against the row above ± error | at half time | seconds |")
+    print(
+        "| step | top-1, mean ± deviation | against the row above ± error | at half time | seconds |"
+    )
     print("|---|---|---|---|---|")
     above = None
     for name, runs in results.items():

@@ -1,19 +1,28 @@
-"""How fast ftclip's loader and step are beside timm's, in one process, in alternation.
+"""Compare the speed of ftclip's loader and step with timm's, in one process, in alternation.
 
-    python benchmarks/speed.py loader --data photos   # images/s on one core: ours and timm's pipeline
-    python benchmarks/speed.py step                   # ms of a step of ViT-B/16 at 224: ours and timm's model
+    python benchmarks/speed.py loader --data photos   # images/s on one core, then with workers
+    python benchmarks/speed.py step                   # images/s of a step of ViT-B/16 at 224
+    python benchmarks/speed.py step --old before.py   # and those of another ftclip.py
 
-`photos` is any folder in ImageNet's layout; figures in the notes are of 500x375 JPEGs. Medians of several rounds,
-with the fastest and the slowest. On a GPU the step also tells peak memory, images/s and utilisation.
+`photos` is a folder with train/<class>/*. ftclip's loader gives cropped and augmented bytes and
+leaves normalization and erasing to the device; timm's transform does both itself. Each figure is
+the median of several rounds, with the slowest and the fastest. On a GPU, `step` also tells the peak
+memory and the utilization.
+
+--old takes a file with the same interface. For `step`, build_model is enough.
 """
 
 import argparse
 import functools
+import importlib.util
+import itertools
 import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import timm
 import torch
@@ -25,125 +34,169 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ftclip
 
-GFLOP = {"ViT-B-16": 105.6, "ViT-L-14": 488.7}  # per trained image at 224: forward, and twice that backward
-TIMM = {"ViT-B-16": "vit_base_patch16_clip_quickgelu_224", "ViT-L-14": "vit_large_patch14_clip_quickgelu_224"}
+IMAGE_SIZE = 224
+# FLOP per image and step at 224 pixels: those of the forward pass, and twice as many backward.
+GFLOP = {"ViT-B-16": 105.6, "ViT-L-14": 488.7}
+TIMM = {
+    "ViT-B-16": "vit_base_patch16_clip_quickgelu_224",
+    "ViT-L-14": "vit_large_patch14_clip_quickgelu_224",
+}
 
 
-def compare(runs: dict, rounds: int, count: int, unit: str) -> None:
-    """Run each in turn, `rounds` times after one to warm up; print per round what `count` / seconds is."""
-    seconds = {name: [] for name in runs}
+def load_module(file: str) -> ModuleType:
+    """Another ftclip.py as a module."""
+    spec = importlib.util.spec_from_file_location("old_ftclip", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(runs: dict[str, Callable[[], None]], rounds: int, images: int) -> None:
+    """Call each in turn, in `rounds` rounds after one to warm up, and print images/s.
+
+    Args:
+        runs: a function for each name.
+        images: number of images in one call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
             began = time.perf_counter()
             run()
-            seconds[name] += [time.perf_counter() - began] if i else []
+            if i > 0:
+                seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
-        low, high = count / max(times), count / min(times)
-        text = f"{name:<28} {count / medians[name]:8.1f} {unit}  ({low:.1f} to {high:.1f})"
-        print(f"{text}  {1000 * medians[name] / count:8.2f} ms each")
-    names = list(medians)
-    for name in names[:-1]:
-        print(f"{name} is {medians[names[-1]] / medians[name]:.3f} times as fast as {names[-1]}")
+        speed = images / medians[name]
+        slowest = images / max(times)
+        fastest = images / min(times)
+        text = f"{name:<28} {speed:8.1f} images/s  ({slowest:.1f} to {fastest:.1f})"
+        print(f"{text}  {1000 / speed:8.2f} ms each")
+    *names, last = medians
+    for name in names:
+        print(f"{name} is {medians[last] / medians[name]:.3f} times as fast as {last}")
 
 
-def loader(args: argparse.Namespace) -> None:
-    """Bytes on the disk → sample, on one core: what a loader's worker does."""
-    torch.set_num_threads(1)
-    one_core = ftclip.System(0, 1, torch.device("cpu"), None, 0, False)
-    _, (ours, _), _ = ftclip.plan_of(ftclip.parse_args(["--data", args.data]), one_core)
+def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
+    """timm's transform with the paper's settings."""
 
-    def posterize(
-        image: Image.Image, bits: int, **_
-    ) -> Image.Image:  # timm's crashes with Pillow 13 at 0 bits
+    def posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+        # timm's own raises an error with Pillow 13 at 0 bits.
         return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
 
     timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
-    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
-    theirs = timm.data.create_transform(
-        224, is_training=True, color_jitter=None, interpolation="bicubic", mean=ftclip.CLIP_MEAN, **options
+    return timm.data.create_transform(
+        IMAGE_SIZE,
+        is_training=True,
+        color_jitter=None,
+        interpolation="bicubic",
+        mean=ftclip.CLIP_MEAN,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
     )
-    keys = random.Random(0).sample(range(len(ours)), min(args.count, len(ours)))
+
+
+def loader(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
+    """From bytes on the disk to a sample on one core, which is the work of a loader worker."""
+    torch.set_num_threads(1)
+    root = Path(args.data) / "train"
+    datasets = {}
+    for name, module in modules.items():
+        transform = module.train_transform(IMAGE_SIZE, 0.08, module.RandAugment(9.0))
+        datasets[name] = module.FolderDataset(root, transform)
+    theirs = timm_transform()
+    paths = [path for path, _ in datasets["ftclip"].samples]
+    chosen = random.Random(0).sample(range(len(paths)), min(args.count, len(paths)))
 
     def decode() -> None:
-        for i in keys:
-            ftclip.read_image(ours.samples[i][0])
+        for i in chosen:
+            ftclip.read_image(paths[i])
 
-    def sample() -> None:
-        for i in keys:
-            ours[0, i]
+    def load_ours(dataset: Dataset, epochs: itertools.count) -> None:
+        epoch = next(epochs)
+        for i in chosen:
+            dataset[epoch, i]
 
-    def timms() -> None:
-        for i in keys:
-            with Image.open(ours.samples[i][0]) as file:
+    def load_theirs() -> None:
+        for i in chosen:
+            with Image.open(paths[i]) as file:
                 theirs(file.convert("RGB"))
 
-    runs = {"decode alone": decode, "ftclip": sample, "timm": timms}
-    compare(runs, args.rounds, len(keys), "images/s")
+    runs = {"decode alone": decode}
+    for name, dataset in datasets.items():
+        runs[name] = functools.partial(load_ours, dataset, itertools.count())
+    runs["timm"] = load_theirs
+    compare(runs, args.rounds, len(chosen))
 
-    batch = min(32, len(ours))
-    steps = range(max(1, args.count // batch))
+    batch_size = min(32, len(paths))
+    steps = max(1, args.count // batch_size)
 
-    def end_to_end(dataset: Dataset, **options) -> None:
+    def run_loader(dataset: Dataset, **options) -> None:
         for _ in DataLoader(dataset, num_workers=args.workers, **options):
             pass
 
-    index = Subset(
-        ImageFolder(f"{args.data}/train", theirs), [i % len(ours) for i in range(batch * len(steps))]
-    )
-    runs = {
-        "ftclip, DataLoader": lambda: end_to_end(
-            ours, batch_sampler=ftclip.MicroBatches(len(ours), batch, batch, steps)
-        ),
-        "timm, DataLoader": lambda: end_to_end(index, batch_size=batch),
-    }
-    print(f"with the start of {args.workers} workers, in batches of {batch}:")
-    compare(runs, args.rounds, batch * len(steps), "images/s")
+    runs = {}
+    for name, dataset in datasets.items():
+        batches = modules[name].MicroBatches(len(paths), batch_size, batch_size, range(steps))
+        runs[f"{name}, DataLoader"] = functools.partial(run_loader, dataset, batch_sampler=batches)
+    indices = [i % len(paths) for i in range(batch_size * steps)]
+    images = Subset(ImageFolder(root, theirs), indices)
+    runs["timm, DataLoader"] = functools.partial(run_loader, images, batch_size=batch_size)
+    print(f"with the start of {args.workers} workers, in batches of {batch_size}:")
+    compare(runs, args.rounds, batch_size * steps)
 
 
-def step(args: argparse.Namespace) -> None:
-    """Forward and backward of one batch, without and with the optimizer's step and the EMA."""
+def step(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
+    """Forward and backward pass of one batch; then ftclip's whole step with AdamW and EMA."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    amp = torch.bfloat16 if device.type == "cuda" else None
+    amp_dtype = torch.bfloat16 if device.type == "cuda" else None
     torch.manual_seed(0)
-    images = torch.randn(args.count, 3, 224, 224, device=device)
+    images = torch.randn(args.count, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.randint(0, 1000, (args.count,), device=device)
-    models = {"ftclip": ftclip.build_model(args.model, 1000, quick_gelu=True)}
+    models = {}
+    for name, module in modules.items():
+        models[name] = module.build_model(args.model, 1000, quick_gelu=True)
     models["timm"] = timm.create_model(TIMM[args.model], num_classes=1000)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
 
-    def run(model: torch.nn.Module, whole: tuple | None = None) -> None:
-        if whole:
-            optimizer, ema = whole
-            ftclip.train_step(model, iter([(images, labels)]), 1, optimizer, scaler, amp, 0.1)
-            ema.update(model)
-        else:
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            model.zero_grad()
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    def forward_backward(model: torch.nn.Module) -> None:
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        model.zero_grad()
+        synchronize()
 
     runs = {}
     for name, model in models.items():
         model.to(device).train()
-        runs[name] = functools.partial(run, model)
-    compare(runs, args.rounds, args.count, "images/s")
+        runs[name] = functools.partial(forward_backward, model)
+    compare(runs, args.rounds, args.count)
+
     ours = models["ftclip"]
-    groups = ftclip.param_groups(ours, ftclip.layer_id, 6e-4, 0.6, 0.05)
-    whole = (torch.optim.AdamW(groups, fused=True), ftclip.EMA(ours, 0.9998))
-    compare(
-        {"ftclip with AdamW and EMA": functools.partial(run, ours, whole)},
-        args.rounds,
-        args.count,
-        "images/s",
-    )
+    num_layers = len(ours.trunk.transformer["resblocks"])
+    groups = ftclip.param_groups(ours, num_layers, 6e-4, 0.6, 0.05)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    ema = ftclip.EMA(ours, 0.9998)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def whole_step() -> None:
+        batches = iter([(images, labels)])
+        ftclip.train_step(ours, batches, 1, optimizer, scaler, amp_dtype, 0.1)
+        ema.update(ours)
+        synchronize()
+
+    compare({"ftclip with AdamW and EMA": whole_step}, args.rounds, args.count)
     if device.type == "cuda":
-        print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; {torch.cuda.get_device_name()}")
         print(
-            f"one image is {GFLOP[args.model]} GFLOP: times images/s, over the GPU's FLOP/s, is the utilisation"
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; {torch.cuda.get_device_name()}"
         )
+        print(f"utilization: {GFLOP[args.model]} GFLOP x images/s / the GPU's FLOP/s")
 
 
 def main() -> None:
@@ -151,15 +204,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("loader", "step"))
-    parser.add_argument("--data", help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--data", default="imagenet", help="folder with train/<class>/*")
+    parser.add_argument("--old", help="another ftclip.py to compare with")
     parser.add_argument("--model", choices=tuple(TIMM), default="ViT-B-16")
-    parser.add_argument("--count", type=int, default=0, help="images a round (default 128, of a step 8)")
+    parser.add_argument("--count", type=int, help="images per round (default: 128, for step 8)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    args.count = args.count or {"loader": 128, "step": 8}[args.what]
+    modules = {"ftclip": ftclip}
+    if args.old:
+        modules["old"] = load_module(args.old)
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads")
-    {"loader": loader, "step": step}[args.what](args)
+    if args.what == "loader":
+        args.count = args.count or 128
+        loader(args, modules)
+    else:
+        args.count = args.count or 8
+        step(args, modules)
 
 
 if __name__ == "__main__":
