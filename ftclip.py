@@ -54,7 +54,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -189,20 +189,22 @@ def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> P
     # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
     # epoch, because weights that are updated too rarely do not learn. It must divide among devices.
     unit = devices * (plan.micro_batch_size or 1)
+    wanted = plan.batch_size
+    if wanted is None:
+        wanted = recipe.batch_size
+        if num_images < 32 * wanted:
+            wanted = 2 ** int(math.log2(max(1, num_images // 32)))
+    possible = max(1, wanted // unit) * unit
     if plan.batch_size is None:
-        plan.batch_size = recipe.batch_size
-        if num_images < 32 * recipe.batch_size:
-            plan.batch_size = 2 ** int(math.log2(max(1, num_images // 32)))
-        plan.batch_size = max(1, plan.batch_size // unit) * unit
+        plan.batch_size = possible
     if plan.batch_size > num_images:
         raise UserError(
             f"--batch-size {plan.batch_size} is more than {num_images} images: lower it"
         )
-    if plan.batch_size % unit:
-        below = max(1, plan.batch_size // unit) * unit
+    if plan.batch_size != possible:
         raise UserError(
             f"--batch-size {plan.batch_size} is not a multiple of {devices} device(s) x "
-            f"{unit // devices} image(s): try {below} or {below + unit}"
+            f"{unit // devices} image(s): try {possible} or {possible + unit}"
         )
 
     # Micro-batch: the largest up to the recipe's that divides a device's share of the batch.
@@ -270,28 +272,16 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """Two linear layers with GELU or QuickGELU between them.
+class QuickGELU(nn.Module):
+    """The activation with which OpenAI trained CLIP, x * sigmoid(1.702 x).
 
-    OpenAI trained CLIP with QuickGELU, x * sigmoid(1.702 x). With GELU in its place the weights
-    still load, but each block computes something slightly different, and accuracy is lost without
-    a warning.
+    With GELU in its place the weights load as well, but each block computes something slightly
+    different, and accuracy is lost without a warning.
     """
 
-    def __init__(self, width: int, hidden: int, quick_gelu: bool) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
-        self.c_proj = nn.Linear(hidden, width)
-        self.quick_gelu = quick_gelu
-
     def forward(self, x: Tensor) -> Tensor:
-        """(N, tokens, width) to (N, tokens, width)."""
-        x = self.c_fc(x)
-        if self.quick_gelu:
-            x = F.silu(1.702 * x) / 1.702  # one fused kernel, which keeps one tensor for backward
-        else:
-            x = F.gelu(x)
-        return self.c_proj(x)
+        """Of any shape."""
+        return F.silu(1.702 * x) / 1.702  # in fused kernels, and with one tensor kept for backward
 
 
 class Block(nn.Module):
@@ -308,7 +298,10 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, hidden, quick_gelu)
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = nn.Linear(width, hidden)
+        self.mlp.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp.c_proj = nn.Linear(hidden, width)
         self.drop_path = torchvision.ops.StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -319,7 +312,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's image tower without its last norm and projection. Copy Attention, MLP and Block too.
+    """CLIP's image tower without its last norm and projection. Copy the three classes above too.
 
     Parameters have open_clip's names, so that its state dicts load strictly, and the first seven
     arguments are those of its configurations.
@@ -328,7 +321,7 @@ class VisionTransformer(nn.Module):
         head_width: width of an attention head.
         mlp_ratio: hidden width of the MLP over width.
         no_ln_pre: leave out the norm before the first block. Most other ViTs do not have one.
-        quick_gelu: see MLP.
+        quick_gelu: QuickGELU instead of GELU.
         drop_path: rate of the last block; it grows linearly from 0 at the first.
     """
 
@@ -1062,8 +1055,11 @@ class FolderDataset(Dataset):
                 raise UserError(f"{root}/{name} has no file that ends in {endings}: {need}")
             label = self.classes.index(name)
             self.samples += [(f"{root}/{name}/{file}", label) for file in files]
-        if not folders:
-            raise UserError(f"{root} has no class folder: {need}")
+        if not folders or len(self.classes) < 2:
+            raise UserError(
+                f"{root} has the class folders {folders}, but a classifier needs two classes or "
+                f"more; perhaps they lie one level too deep: {need}"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -1078,7 +1074,7 @@ class FolderDataset(Dataset):
 
 
 @dataclass
-class MicroBatches(Sampler):
+class MicroBatches:
     """One process's micro-batches of keys (epoch, index); the batch_sampler of a DataLoader.
 
     In each epoch all images are shuffled by (seed, epoch) and cut into global batches; the rest is
@@ -1507,9 +1503,7 @@ def train(
 # The recipe is complete above. Here flags become a run, and what the user should know is printed.
 
 # A tiny ViT from scratch. Nothing is pretrained, so that all layers learn at one pace.
-DEMO_MODEL = {
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 64}
-}
+DEMO_MODEL = {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}}
 DEMO_FLAGS = {
     "pretrained": "none",
     "layer_decay": 1.0,
@@ -1545,12 +1539,18 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         else:
             kind = str if choices else kind
             parser.add_argument(name, type=kind, choices=choices, help=help)
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
+    in_step = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ
+    if "local_rank" in given or in_step:
+        parser.error("several processes must be started by torchrun: see README")
     if "demo" in given:
         given = DEMO_FLAGS | given
     config = Config(**given)
     if config.eval != (config.checkpoint is not None):
         parser.error("--eval and --checkpoint FILE go together: give both or none")
+    if config.eval and config.image_size is not None:
+        parser.error("--eval uses the image size of the checkpoint: leave out --image-size")
     if config.workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
@@ -1567,22 +1567,13 @@ def start_process(config: Config) -> Process:
     on_gpu = torch.cuda.is_available() if config.device is None else config.device == "cuda"
     amp = config.amp or "none"
     if on_gpu:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(
-                f"process {local_rank} has none of {gpus} GPUs (torch {torch.__version__}): "
-                "start one process per GPU, or give --device cpu"
-            )
         torch.cuda.set_device(local_rank)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         amp = config.amp or ("bf16" if bf16 else "fp16")
     if "RANK" in os.environ and not config.dry_run:
-        # The others wait while rank 0 writes a large file, which can take long on a slow disk.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=1)
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")
     return Process(device, amp_dtype, rank, world)
 
 
@@ -1628,8 +1619,8 @@ Schedule: {plan.epochs} epochs, {plan.total_steps:,} steps
     groups = param_groups(model, num_layers, plan.lr, plan.layer_decay, plan.weight_decay)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    activation = "QuickGELU" if model.config["quick_gelu"] else "GELU"
-    print(f"Layers: {trained:,} of {total:,} parameters are trained, activation {activation}")
+    quick_gelu = model.config["quick_gelu"]
+    print(f"Layers: {trained:,} of {total:,} parameters are trained, QuickGELU {quick_gelu}")
     for layer in range(num_layers + 1, -1, -1):
         members = [group for group in groups if group["layer"] == layer]
         if members:
@@ -1656,9 +1647,11 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
             history = report["history"]
             last = history[-1]
             text = "epoch {epoch}  train loss {train_loss:.4f}".format(**last)
-            for key in sorted(last.keys() & {"raw_top1", "ema_top1"}):
-                best = max(history, key=lambda record: record.get(key, -1.0))
-                text += f"  {key} {last[key]:.2f} % (best {best[key]:.2f} in epoch {best['epoch']})"
+            if "ema_top1" in last:
+                for key in ("raw_top1", "ema_top1"):
+                    best = max(history, key=lambda record: record.get(key, -1.0))
+                    text += f"  {key} {last[key]:.2f} %"
+                    text += f" (best {best[key]:.2f} in epoch {best['epoch']})"
             print(text.ljust(100), flush=True)
             lines = [{"plan": asdict(plan)}, *history]
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -1777,8 +1770,10 @@ def main(argv: list[str] | None = None) -> None:
         print_reports(reports, plan, process, output)
     except KeyboardInterrupt:
         raise UserError(f"stopped: the same command resumes from {output}/last.pt") from None
+    best = output / "best.pt"
     if process.rank == 0:
-        print(f"Finished: {output}/best.pt has the EMA weights of the best epoch on val")
+        state = "has the EMA weights of the best epoch on val" if best.exists() else "is gone"
+        print(f"Finished: {best} {state}")
 
 
 def run() -> int:
@@ -1792,6 +1787,10 @@ def run() -> int:
         text = str(error)
     except torch.OutOfMemoryError:
         text = "the GPU has not enough memory: halve --micro-batch-size, the result stays the same"
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        text = "another process has ended: its message is above"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # rank 0 has most likely said the same, and torchrun now ends this process
     # After an error in a loader worker, the text is a traceback that ends with the sentence.

@@ -1,15 +1,15 @@
-"""Kill runs at random moments, resume them, and compare the end with an undisturbed run, bit for bit.
+"""Kill runs, resume them, and compare the end with an undisturbed run, bit for bit.
 
     python benchmarks/kill_test.py --kills 50 --restarts 10
 
-Runs have one process, or two under torchrun. A kill is SIGKILL to all processes of a run at once, as
-when a machine goes away. The same command resumes the run until it ends. Then its weights, EMA,
-optimizer state, history and metrics must equal those of a run that nothing disturbed. last.pt is
-saved at every logging step, so that runs are resumed within epochs as well as between them. MixUp,
-CutMix, erasing and drop path are on.
+Runs have one process, or two under torchrun. A kill comes at a random moment and is SIGKILL to all
+processes of a run at once, as when a machine goes away. The same command resumes the run until it
+ends. Then its weights, EMA, optimizer state, history and metrics must equal those of a run that
+nothing disturbed. last.pt is saved at every logging step, so that runs are resumed within epochs as
+well as between them. MixUp, CutMix, erasing and drop path are on.
 
-After that, --restarts runs of two processes under one torchrun, and as many under two (two nodes, on
-the loopback address), in which one process is killed: torchrun's own --max-restarts 1 must bring
+After that, --restarts runs of two processes under one torchrun, and as many under two (two nodes,
+on the loopback address), in which one process is killed: torchrun's own --max-restarts 1 must bring
 them to the same end. Needs Linux.
 """
 
@@ -34,10 +34,11 @@ from PIL import Image
 
 SCRIPT = Path(__file__).resolve().parent.parent / "ftclip.py"
 MODEL = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3}
+STEPS_PER_EPOCH = 24
 # 48 images in batches of 2: 24 steps per epoch. A logging step comes every 20 steps, so that most
 # saves are within an epoch.
-FLAGS = """--pretrained none --epochs 6 --warmup-epochs 1 --batch-size 2 --micro-batch-size 1
---lr 1e-3 --eval-every 2 --save-minutes 0 --workers 1 --device cpu
+FLAGS = """--pretrained none --epochs 12 --warmup-epochs 1 --batch-size 2 --micro-batch-size 1
+--lr 1e-3 --eval-every 3 --save-minutes 0 --workers 1 --device cpu
 --mixup 0.5 --cutmix 0.5 --random-erasing 0.25 --drop-path 0.2"""
 
 
@@ -78,7 +79,7 @@ def start(
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes whose command names the folder: torchrun, its processes and their loader workers."""
+    """Processes whose command has the folder: torchrun, its processes and their workers."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -107,7 +108,7 @@ def kill(pid: int) -> None:
 
 
 def outcome(folder: Path) -> dict:
-    """What a run leaves behind. The first line of the metrics has the plan, which names the folder."""
+    """What a run leaves behind, without the plan, which names the folder."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {
         "last": torch.load(folder / "last.pt", weights_only=True),
@@ -127,27 +128,33 @@ def equal(one: object, other: object) -> bool:
     return one == other
 
 
-def run_with_kills(folder: Path, processes: int, duration: float, rng: random.Random) -> int:
-    """Start a run again and again until it ends. Returns the number of kills.
+def steps_done(folder: Path) -> int:
+    """Optimizer steps in last.pt, from which the run is resumed."""
+    last = folder / "last.pt"
+    return torch.load(last, weights_only=True)["step"] if last.exists() else 0
 
-    Start-up takes a part of each attempt, so that kills come at 30 to 90 % of the duration of an
+
+def run_with_kills(folder: Path, processes: int, duration: float, rng: random.Random) -> list[int]:
+    """Start a run again and again until it ends. Returns the step of last.pt after each kill.
+
+    Start-up takes a part of each attempt, so that kills come at 30 to 80 % of the duration of an
     undisturbed run. After six kills the run is left alone.
     """
-    kills = 0
+    steps: list[int] = []
     while True:
         (run,) = start(folder, processes)
         try:
-            status = run.wait(rng.uniform(0.3, 0.9) * duration if kills < 6 else None)
+            status = run.wait(rng.uniform(0.3, 0.8) * duration if len(steps) < 6 else None)
         except subprocess.TimeoutExpired:
-            kills += 1
             for pid in processes_of(folder):
                 kill(pid)
             run.wait()
             wait_for(lambda: not processes_of(folder))
+            steps.append(steps_done(folder))
             continue
         if status != 0:
             raise RuntimeError(f"{folder.name} ended with status {status}: see {folder}.log")
-        return kills
+        return steps
 
 
 def run_with_restart(folder: Path, nodes: int, duration: float, rng: random.Random) -> list[int]:
@@ -191,17 +198,19 @@ def main() -> None:
     runs = 0
     equal_runs = 0
     kills = 0
+    within = 0  # kills after which the run was resumed within an epoch
     while kills < args.kills:
         processes = 1 + runs % 2
         folder = root / f"run{runs}"
-        kills_here = run_with_kills(folder, processes, durations[processes], rng)
+        steps = run_with_kills(folder, processes, durations[processes], rng)
         same = equal(outcome(folder), references[processes])
         runs += 1
         equal_runs += same
-        kills += kills_here
+        kills += len(steps)
+        within += sum(step % STEPS_PER_EPOCH > 0 for step in steps)
         print(
-            f"{folder.name}: {processes} process(es), {kills_here} kills, equal: {same}; "
-            f"{kills} kills so far",
+            f"{folder.name}: {processes} process(es), resumed from the steps {steps}, "
+            f"equal: {same}; {kills} kills so far",
             flush=True,
         )
 
@@ -215,7 +224,8 @@ def main() -> None:
             print(f"restart {i + 1} on {nodes} node(s): {statuses}, equal: {same}", flush=True)
 
     print(
-        f"{equal_runs} of {runs} runs equal, after {kills} kills and {2 * args.restarts} restarts"
+        f"{equal_runs} of {runs} runs equal, after {kills} kills, {within} of them resumed within "
+        f"an epoch, and {2 * args.restarts} restarts"
     )
     sys.exit(equal_runs != runs)
 
