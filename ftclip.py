@@ -1,9 +1,9 @@
-"""ftclip: fine-tune CLIP's image tower with the FT-CLIP recipe, in one file.
+"""ftclip: fine-tune CLIP's image encoder with the FT-CLIP recipe, in one file.
 
 "CLIP Itself is a Strong Fine-tuner" (Dong et al., arXiv 2212.06138) fine-tunes CLIP ViT-B/16 to
-85.7 % and ViT-L/14 to 88.0 % top-1 on ImageNet-1k. It adds nothing to the model: a small learning
-rate with layer-wise decay, an exponential moving average (EMA) of the weights, a short schedule and
-careful augmentation are enough.
+85.7 % and ViT-L/14 to 88.0 % top-1 on ImageNet-1k. It adds nothing to the model but a linear head.
+A small learning rate with layer-wise decay, an exponential moving average (EMA) of the weights, a
+short schedule and careful augmentation are enough.
 
     python ftclip.py --demo                                       # no data and no GPU needed
     torchrun --nproc_per_node 8 ftclip.py --model ViT-B-16        # the 85.7 % recipe on ./imagenet
@@ -15,8 +15,9 @@ careful augmentation are enough.
 Images lie as in ImageNet: DIR/train/<class>/* and DIR/val/<class>/*. A run writes last.pt (to
 resume), best.pt (to use) and metrics.jsonl to --output. The same command again resumes the run.
 
-Read from top to bottom: configuration, model, optimization, augmentation, data, training. That is
-the whole recipe. "The program", below it, turns flags into a run and prints. To reuse a part:
+Read from top to bottom: in short, configuration, model, optimization, augmentation, data, training.
+That is all of FT-CLIP. Below it, "files" reads and writes weights, and "the program" turns flags
+into a run. To reuse a part:
 
     layer-wise learning rates   copy layer_id, param_groups and lr_at
     another augmentation        give train_transform any callable on Pillow images
@@ -63,6 +64,32 @@ class UserError(ValueError):
     """A mistake that the user can correct. The program prints it as one sentence."""
 
 
+# ------------------------------------------------------------------------------------ in short
+#
+# CLIP has learned features from 400 million images with captions. They are better than any that the
+# images of one data set alone could teach. Fine-tuning adapts them to the classes of the data set,
+# and the danger is to lose them on the way. The usual settings for fine-tuning lose a part of them.
+# Figure 1 of the paper shows this for ViT-B/16 at 224 pixels. Each row keeps the changes above it:
+#
+#     change                                                        top-1   why it helps
+#     (the usual fine-tuning settings)                              82.3 %
+#     smaller learning rate                                         84.3 %  stays near CLIP
+#     EMA of the weights, decay 0.9998                              84.6 %  averages out noise
+#     learning rate decays from layer to layer, by 0.6              85.3 %  keeps low layers most
+#     fewer epochs, 50 instead of 100 (*)                           85.2 %  costs half
+#     weaker augmentation, without MixUp and CutMix (*)             85.7 %  natural images
+#     384 pixels, lr 7e-4 instead of 6e-4, patch embedding trained  86.6 %  more detail
+#
+# (*) The figure does not say what changed. This is what the final recipe implies. The learning
+# rates of the first two rows are not in the figure either.
+#
+# The model is CLIP's vision transformer with a new head: LayerNorm, mean over the patch tokens, and
+# a linear layer. One optimizer step, with AdamW on a global batch of 2048 images:
+#
+#     set the learning rate of each layer (lr_at, param_groups), train_step, update the EMA
+#
+# After each epoch both the raw and the EMA weights are evaluated.
+
 # ------------------------------------------------------------------------------------ configuration
 
 
@@ -70,9 +97,9 @@ class UserError(ValueError):
 class Config:
     """What a user can set. Each field is a flag: `weight_decay` is `--weight-decay`.
 
-    Where nothing is given and the default is None, `resolve` decides by the paper's recipe that is
-    nearest to the model, the number of training images and the number of devices. What is given is
-    used as given. The comments are the help texts of the flags.
+    What is given is used as given. `resolve` fills in what is None, from the recipe that is nearest
+    in depth and image size, the number of training images and the number of devices. The comments
+    are the help texts of the flags.
     """
 
     # Model and data.
@@ -88,13 +115,13 @@ class Config:
     warmup_epochs: float | None = None  # epochs of rising lr; default: the recipe's share
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
-    lr: float | None = None  # peak lr of the head; default: recipe, scaled by the batch size
+    lr: float | None = None  # peak lr of the head; default: recipe x root of the batch ratio
     min_lr: float | None = None  # final lr of the head; default: recipe, scaled likewise
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
     ema_decay: float | None = None  # 0 is off; default: recipe, less in a short run
     clip_grad: float = 0.0  # largest norm of the gradient, 0 is off
-    train_blocks: int | None = None  # train the last K blocks, 0: linear probe; default: all
+    train_blocks: int | None = None  # train the last K blocks, 0: linear probe; default: everything
     freeze_patch_embed: bool | None = None  # keep conv1 as it is; default: recipe
 
     # Augmentation and regularization.
@@ -160,19 +187,23 @@ class Plan(Config):
     warmup_steps: int = 0
 
     def fixed(self) -> dict:
-        """The values that must be the same when a run is resumed; the others do not change it."""
+        """The values that must stay the same when a run is resumed."""
         free = "model data output micro_batch_size accumulation workers device amp compile demo"
         free += " grad_checkpointing save_minutes dry_run eval checkpoint"
         values = asdict(self)
         return {name: value for name, value in values.items() if name not in free.split()}
 
 
-def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> Plan:
+def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) -> Plan:
     """Decide every number of a run: batch_size = devices * micro_batch_size * accumulation.
+
+    Example: 1,500 images, one device and ViT-B/16 at 224 pixels give batch size 32, 46 steps per
+    epoch, lr 6e-4 * sqrt(32 / 2048) = 7.5e-5, 50 epochs with 10 of warm-up, and an EMA that
+    averages over 767 steps.
 
     Args:
         config: what the user has given, and image_size.
-        layers: number of blocks of the model.
+        num_layers: number of blocks of the model.
         num_images: number of training images.
         devices: number of processes, one per device.
 
@@ -181,13 +212,14 @@ def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> P
     plan = Plan(**asdict(config), num_images=num_images)
 
     # Recipe: the paper's runs of a model of this depth, and of these the nearest image size.
-    depth = "ViT-L-14" if layers > 12 else "ViT-B-16"
+    depth = "ViT-L-14" if num_layers > 12 else "ViT-B-16"
     keys = [key for key in RECIPES if key[0] == depth]
     plan.recipe = min(keys, key=lambda key: abs(key[1] - plan.image_size))
     recipe = RECIPES[plan.recipe]
 
     # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
-    # epoch, because weights that are updated too rarely do not learn. It must divide among devices.
+    # epoch, because too few optimizer steps underfit. All devices get equally many images: a
+    # default batch is rounded down for it, a batch that was given must fit.
     unit = devices * (plan.micro_batch_size or 1)
     wanted = plan.batch_size
     if wanted is None:
@@ -199,7 +231,8 @@ def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> P
         plan.batch_size = possible
     if plan.batch_size > num_images:
         raise UserError(
-            f"--batch-size {plan.batch_size} is more than {num_images} images: lower it"
+            f"a batch of {plan.batch_size} images is more than the {num_images} for training: "
+            "lower --batch-size or the number of devices"
         )
     if plan.batch_size != possible:
         raise UserError(
@@ -215,13 +248,14 @@ def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> P
             plan.micro_batch_size -= 1
     plan.accumulation = per_device // plan.micro_batch_size
 
-    # Learning rate: scaled by the square root of the batch size, because the size of AdamW's steps
-    # does not depend on the size of the gradient (arXiv 2205.10287).
-    scale = math.sqrt(plan.batch_size / recipe.batch_size)
+    # Learning rate: scaled by the square root of the batch size. AdamW divides the gradient by its
+    # own size, which for small batches is mostly noise, and noise shrinks with the square root
+    # (arXiv 2205.10287).
+    batch_scale = math.sqrt(plan.batch_size / recipe.batch_size)
     if plan.lr is None:
-        plan.lr = recipe.lr * scale
+        plan.lr = recipe.lr * batch_scale
     if plan.min_lr is None:
-        plan.min_lr = recipe.min_lr * scale
+        plan.min_lr = recipe.min_lr * batch_scale
     if plan.min_lr > plan.lr:
         raise UserError(f"--min-lr {plan.min_lr:g} is above --lr {plan.lr:g}: lower it")
     if plan.layer_decay is None:
@@ -239,8 +273,8 @@ def resolve(config: Config, layers: int, num_images: int, devices: int = 1) -> P
     plan.total_steps = plan.epochs * plan.steps_per_epoch
     plan.warmup_steps = min(round(plan.warmup_epochs * plan.steps_per_epoch), plan.total_steps - 1)
 
-    # EMA: the recipe's decay remembers 1 / (1 - decay) = 5,000 steps. In a shorter run such an
-    # average would hardly leave the starting weights, so it remembers a third of the run at most.
+    # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps. In a shorter run
+    # such an average would hardly leave the starting weights: a third of the run is the most.
     if plan.ema_decay is None:
         plan.ema_decay = min(recipe.ema_decay, 1 - 1 / max(2, plan.total_steps / 3))
 
@@ -280,8 +314,8 @@ class QuickGELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
-        return F.silu(1.702 * x) / 1.702  # in fused kernels, and with one tensor kept for backward
+        """x of any shape."""
+        return F.silu(1.702 * x) / 1.702  # the same function, in a fused kernel
 
 
 class Block(nn.Module):
@@ -312,10 +346,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's image tower without its last norm and projection. Copy the three classes above too.
+    """CLIP's image encoder without its last norm and projection: the trunk of the classifier.
 
     Parameters have open_clip's names, so that its state dicts load strictly, and the first seven
-    arguments are those of its configurations.
+    arguments are those of its configurations. Copy the three classes above with it.
 
     Args:
         head_width: width of an attention head.
@@ -372,17 +406,17 @@ class VisionTransformer(nn.Module):
 
 
 class CLIPClassifier(nn.Module):
-    """An image tower with the FT-CLIP head: norm of each patch token, their mean, a linear layer.
+    """A trunk with the FT-CLIP head: LayerNorm on each patch token, their mean, a linear layer.
 
     The class token takes part in attention and is then left out. CLIP's own last norm and its
     projection read only the class token and lead into the space shared with text, which a
-    classifier does not need; the patch tokens together describe the whole image. A new LayerNorm
+    classifier does not need. The patch tokens together describe the whole image. A new LayerNorm
     brings them to one scale before they are averaged.
 
     The head starts a thousand times smaller than usual. The gradient that reaches the trunk is
     proportional to the head's weights. A random head of the usual size would push the pretrained
-    features in random directions before it has learned anything; this one first learns itself,
-    and the first predictions are uniform.
+    features in random directions before it has learned anything. A head near zero learns first,
+    and its first predictions are uniform.
 
     Source: official models/finetune_clip.py:167-175, 230-231.
 
@@ -410,139 +444,6 @@ class CLIPClassifier(nn.Module):
         # In bf16 the logits of two classes are often equal, and the first would always win.
         with torch.autocast(images.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
-
-
-def model_config(model: str | dict) -> dict:
-    """Configuration of a plain vision transformer: {"quick_gelu": bool, "vision_cfg": {...}}.
-
-    Args:
-        model: open_clip name, path of a JSON file as open_clip and its hub have them, or the
-            contents of such a file.
-
-    Raises UserError for an unknown model, or one with parts that VisionTransformer does not have.
-    """
-    import open_clip  # not at the top: it takes a second, for which --help need not wait
-
-    if isinstance(model, dict):
-        config = model
-    elif os.path.isfile(model):
-        try:
-            config = json.loads(Path(model).read_text())
-        except ValueError as error:
-            raise UserError(f"--model {model} is not valid JSON ({error}): correct it") from error
-    else:
-        config = open_clip.get_model_config(model) or {}
-    config = config.get("model_cfg", config)  # the hub's files have it one level down
-    if "vision_cfg" not in config:
-        raise UserError(
-            f"--model {model} is not known to open_clip: give a name such as ViT-B-16 "
-            "(open_clip.list_models() has all), or an existing JSON file"
-        )
-    vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
-    vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
-    without_effect = ("pool_type", "final_ln_after_pool", "output_tokens")  # about the output
-    for key, value in config["vision_cfg"].items():
-        if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
-            vision[key] = value
-        elif value and key not in without_effect:
-            raise UserError(
-                f"--model {model} is not a plain ViT ({key}: {value}): give one such as ViT-B-16"
-            )
-    return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
-
-
-def pretrained_tag(model: str | dict, pretrained: str) -> dict:
-    """What open_clip knows about a tag of a model: where its weights are and their activation.
-
-    Raises UserError if there is no such tag.
-    """
-    import open_clip
-
-    tag = open_clip.get_pretrained_cfg(str(model), pretrained)
-    if not tag:
-        tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
-        raise UserError(
-            f"--pretrained {pretrained} is neither a file nor a tag of {model}: "
-            f"give a weights file or one of {', '.join(tags)}"
-        )
-    return tag
-
-
-def read_weights(model: str | dict, pretrained: str) -> dict:
-    """Contents of a weights file or a tag: a state dict, or a dict that has one inside.
-
-    A tag is downloaded once. A file may be OpenAI's TorchScript archive, safetensors, or from
-    torch.save; nothing in a pickle is executed. Raises UserError if it cannot be had or read.
-    """
-    import open_clip
-    import safetensors.torch
-
-    is_file = os.path.isfile(pretrained)
-    tag = {} if is_file else pretrained_tag(model, pretrained)
-    try:
-        path = pretrained if is_file else open_clip.download_pretrained(tag)
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        with contextlib.suppress(RuntimeError):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        # Training scripts often save their flags, an argparse.Namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch then advises to trust the file
-        raise UserError(
-            f"cannot load --pretrained {pretrained} ({reason}): give another file, or a tag with a "
-            "network connection"
-        ) from error
-
-
-def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
-    """Whether a model with these weights uses QuickGELU. Downloads nothing.
-
-    open_clip itself does not switch QuickGELU on for OpenAI's weights, but its list of tags knows
-    which weights need it. Raises UserError if nothing tells.
-    """
-    configured = model_config(model)["quick_gelu"]
-    if pretrained == "none":
-        return configured
-    if not os.path.isfile(pretrained):
-        return pretrained_tag(model, pretrained).get("quick_gelu", False)
-    contents = read_weights(model, pretrained)
-    if configured or "input_resolution" in contents:  # which only OpenAI's own files have
-        return True
-    own_config = contents.get("model_config", {})  # of a best.pt of this program
-    if "quick_gelu" not in own_config:
-        raise UserError(
-            f"--pretrained {pretrained} does not say its activation: give --quick-gelu for weights "
-            "of OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
-        )
-    return own_config["quick_gelu"]
-
-
-def load_weights(model: str | dict, pretrained: str) -> dict[str, Tensor]:
-    """Weights of an image tower, named as in VisionTransformer, from a tag or from a file.
-
-    They may be of a tower or a whole CLIP, at the top level or under a key such as "model",
-    with any prefix before the names. Raises UserError if they cannot be had, or are not of a ViT.
-    """
-    weights = read_weights(model, pretrained)
-    for key in ("state_dict", "model", "model_ema"):
-        weights = weights.get(key, weights)
-
-    # The tower is where conv1 is: behind "visual." in a whole CLIP, "module.visual." after DDP,
-    # "trunk." in a best.pt of this program. Other parts are left behind.
-    prefixes = [name[: -len("conv1.weight")] for name in weights if name.endswith("conv1.weight")]
-    if len(prefixes) != 1:
-        names = ", ".join(list(weights)[:3])
-        raise UserError(
-            f"--pretrained {pretrained} has no vision transformer with open_clip's names, but "
-            f"{names}, ...: give open_clip's file of these weights, or its tag"
-        )
-    prefix = prefixes[0]
-    tower = {name[len(prefix) :]: weights[name] for name in weights if name.startswith(prefix)}
-    for unused in ("proj", "ln_post.weight", "ln_post.bias"):
-        tower.pop(unused, None)
-    return tower
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -573,7 +474,8 @@ def build_model(
     train_blocks: int | None = None,
     freeze_patch_embed: bool = False,
 ) -> CLIPClassifier:
-    """A CLIP image tower with the FT-CLIP head, float32. Copy the whole part "model".
+    """A CLIP trunk with the FT-CLIP head, float32. Copy the part "model", and from
+    "files" the functions about weights.
 
     Its attribute `config` is the configuration from which build_model makes the same model again.
     On the meta device, pretrained weights are neither downloaded nor read.
@@ -635,25 +537,12 @@ def build_model(
 
 # ------------------------------------------------------------------------------------ optimization
 #
-# Fine-tuning starts from features that are better than any that the new images alone could teach.
-# The danger is to lose them. Figure 1 of the paper takes ViT-B/16 at 224 pixels from 82.3 % to
-# 85.7 % by five changes, each on top of those before it:
-#
-#     the usual fine-tuning settings      82.3 %
-#     a smaller learning rate             84.3 %    smaller steps stay near CLIP's weights
-#     EMA of the weights                  84.6 %    averages out the noise of single steps
-#     layer-wise learning rate decay      85.3 %    the lower a layer, the more of it is kept
-#     fewer epochs                        85.2 %    at half of the cost
-#     weaker augmentation                 85.7 %    see the part "augmentation"
-#
-# At 384 pixels the same recipe has 86.6 %.
-#
 # The learning rate matters most. A large one soon overwrites the pretrained weights, and the model
-# then learns from the new images alone, as from scratch. 6e-4 looks usual, but only the head learns
-# with it: with layer decay 0.6, the middle of the network learns with about 1e-5.
+# then learns from the new images alone, as from scratch. The recipe's 6e-4 is large, but only the
+# head has it: with a layer decay of 0.6, the middle of ViT-B/16 has about 1e-5.
 #
-# A short schedule is enough because so little has to be learned. In the paper, a run of 100 epochs
-# is best at about half of its epochs and then overfits (Figure 2).
+# A short schedule is enough because little has to be learned. In the paper, a run of 100 epochs is
+# best at about half of its epochs and then overfits (Figure 2).
 
 
 def layer_id(name: str, num_layers: int) -> int:
@@ -684,9 +573,9 @@ def param_groups(
 ) -> list[dict]:
     """Parameter groups for AdamW, with a learning rate that decays from the head to the embeddings.
 
-    Low layers of CLIP see edges and textures, which hardly depend on the task; high layers see what
-    the task is about. So layer i learns with lr * layer_decay ** (num_layers + 1 - i). For ViT-B/16
-    with lr 6e-4 and layer_decay 0.6:
+    Low layers of CLIP see edges and textures, which hardly depend on the task. High layers see what
+    the task is about. So layer i has the learning rate lr * layer_decay ** (num_layers + 1 - i).
+    For ViT-B/16 with lr 6e-4 and layer_decay 0.6:
 
         layer                          scale            lr
         13   norm, head                0.6^0  = 1       6.0e-4
@@ -731,8 +620,8 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         layer = layers[name]
-        token = name.endswith(("_embedding", "_token", "pos_embed"))
-        decays = parameter.ndim > 1 and not token
+        is_embedding = name.endswith(("_embedding", "_token", "pos_embed"))
+        decays = parameter.ndim > 1 and not is_embedding
         if (layer, decays) not in groups:
             scale = layer_decay ** (num_layers + 1 - layer)
             groups[layer, decays] = {
@@ -751,14 +640,16 @@ def param_groups(
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
     """Learning rate at an optimizer step, counted from 0: linear from 0 to lr, then half a cosine.
 
-    Warm-up is there for AdamW and for the head. AdamW divides each step by an average of past
-    gradients, which is unreliable while there are few of them; the head starts near zero and must
-    point somewhere before the trunk should follow it. The cosine spends the end of the run at
-    small learning rates, where the weights settle.
+    Warm-up is there for AdamW and for the head. AdamW divides each step by the root of an average
+    of squared gradients, which is unreliable while it has seen few of them. And while the head is
+    near zero, its gradients say little about where the trunk should go. The cosine ends the run
+    with small learning rates, so that the weights settle.
 
-    Both ends of the warm-up count: step 0 has lr 0, step warmup_steps - 1 has lr, and so has the
-    first step of the cosine. From total_steps on, it is min_lr. lr and min_lr are the head's; those
-    of a group are these times its "lr_scale". Source: official utils.py:407-424.
+    Both ends of the warm-up count: step 0 has lr 0, and step warmup_steps - 1 has lr if it is
+    another one. The first step of the cosine has lr too. From total_steps on it is min_lr. lr and
+    min_lr are the head's; those of a group are these times its "lr_scale".
+
+    Source: official utils.py:407-424.
     """
     if step >= total_steps:
         return min_lr
@@ -772,12 +663,14 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
 class EMA:
     """Exponential moving average of weights: average += (1 - decay) * (weights - average).
 
-    Single steps jump around the place to which training goes, and their average is closer to it. In
-    the four published runs the best EMA is 0.9 to 1.7 points above the best raw weights. The
-    average remembers 1 / (1 - decay) steps: 5,000 for the paper's 0.9998, eight
-    epochs of ImageNet. It starts from the starting weights and is behind at first: after one epoch
-    of ViT-B/16 it has 20 %, the raw weights 52 %. In a run that is not several times as long as
-    the memory, choose a smaller decay. With decay 0 it is a copy of the weights.
+    The weights oscillate from step to step around a point to which they converge slowly. Their
+    average oscillates less and is closer to it. In the four published runs the best EMA is 0.9 to
+    1.7 points above the best raw weights.
+
+    The average covers about 1 / (1 - decay) steps: 5,000 for the paper's 0.9998, which are eight
+    epochs of ImageNet. It starts from the starting weights, and at first it still consists of them:
+    after one epoch of ViT-B/16 it has 20 % top-1, the raw weights 52 %. In a run that is not several
+    times as long, choose a smaller decay. With decay 0 it is a copy of the weights.
 
     Source: official engine_for_finetuning.py:92.
 
@@ -808,8 +701,8 @@ class EMA:
 # Augmentation shows each image differently in each epoch, which keeps a large model from learning
 # the images by heart. But pretraining has seen natural images, so that what an augmentation makes
 # should still look like one. RandAugment and random erasing change one image and stay in the
-# recipe. MixUp and CutMix blend two images into something that CLIP has never seen. The paper
-# gains half a point by weaker augmentation (Figure 1), and its final recipe is without these two.
+# recipe. MixUp and CutMix blend two images into something that CLIP has never seen, and the final
+# recipe is without them.
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels from 0 to 1: red, green, blue
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -819,6 +712,8 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 @dataclass
 class RandAugment:
     """RandAugment (arXiv 1909.13719) as in the paper: timm's rand-m9-mstd0.5-inc1.
+
+    "inc1" means that a larger magnitude always is a stronger change.
 
     Of fifteen operations, num_ops are drawn with replacement. Each is applied with the given
     probability, with a magnitude from N(magnitude, std) clipped to [0, 10]; signs are equally
@@ -915,7 +810,7 @@ def train_transform(
 def normalize(images: Tensor) -> Tensor:
     """uint8 images (..., 3, H, W) to float32 with CLIP_MEAN and CLIP_STD, as CLIP was trained."""
     images = images.float() / 255
-    for channel in range(3):  # numbers, because a mean on the CPU would be copied to the GPU
+    for channel in range(3):  # Python numbers need no copy to the GPU
         images[..., channel, :, :].sub_(CLIP_MEAN[channel]).div_(CLIP_STD[channel])
     return images
 
@@ -940,7 +835,7 @@ def random_erasing(images: Tensor, probability: float, rng: random.Random = rand
 
     The model must then recognize an object from the rest of it. The box covers 2 to 33 % of the
     image, with a height / width from 0.3 to 1 / 0.3, log-uniform. It is filled with N(0, 1) per
-    pixel and channel, which looks like nothing in particular to a normalized network.
+    pixel and channel, the mean and variance of a normalized image.
 
     Args:
         images: normalized images (N, C, H, W).
@@ -967,11 +862,12 @@ def random_erasing(images: Tensor, probability: float, rng: random.Random = rand
 
 # ------------------------------------------------------------------------------------ data
 #
-# A run must give the same result however often it is interrupted and on however many devices it
-# runs. So nothing is drawn from a generator whose state would have to be saved. What a loader
-# worker draws for an image follows from (seed, epoch, index), what a device draws for a micro-batch
-# follows from (seed, step, its place in the global batch). Both by one mechanism: seed the
-# generators from a text with these numbers, then use ordinary random functions.
+# A run must give the same result however often it is interrupted, and on any number of devices that
+# take micro-batches of the same size. So nothing is drawn from a generator whose state would have
+# to be saved. What a loader worker draws for an image follows from (seed, epoch, index). What a
+# device draws for a micro-batch follows from (seed, step, its place in the global batch). Both use
+# one mechanism: seed the generators from a text with these numbers, then call ordinary random
+# functions.
 
 
 def seed_generators(text: str) -> None:
@@ -1080,7 +976,8 @@ class MicroBatches:
     In each epoch all images are shuffled by (seed, epoch) and cut into global batches; the rest is
     dropped (official run_class_finetuning.py:431). Each process takes its part of each global
     batch, one micro-batch after the other. Put together, the processes always have the same images
-    in the same order, however many they are.
+    in the same order, however many they are. PyTorch's DistributedSampler does not do that, and
+    cannot start in the middle of an epoch.
 
     Args:
         num_images: number of training images.
@@ -1214,9 +1111,8 @@ def train_step(
     Each loss is divided by `accumulation`, so that the sum of the gradients is the gradient of the
     mean over the whole batch: one GPU with accumulation 8 makes the same step as eight GPUs.
 
-    Label smoothing asks for a probability of 1 - label_smoothing for the label, and spreads the
-    rest over all classes. Cross entropy alone is never satisfied and lets the weights grow, and
-    some of the labels are wrong.
+    Label smoothing moves a share of the target probability from the label to all classes alike.
+    Without it the logits grow without bound, and wrong labels are believed as firmly as right ones.
 
     Args:
         model: plain or in DistributedDataParallel. It is put in training mode.
@@ -1291,7 +1187,7 @@ def evaluate(
         for row, model in zip(counts, models.values()):
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model.eval()(images)
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, at most 5)
             row[0] += hits[:, 0].sum()
             row[1] += hits.sum()
             row[2] += len(labels)
@@ -1307,10 +1203,280 @@ def eval_loader(dataset: Dataset, process: Process, workers: int, batch_size: in
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=range(process.rank, len(dataset), process.world),
+        sampler=range(process.rank, len(dataset), process.world),  # any iterable of indices
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def mean_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -> list[float]:
+    """Losses of the last steps, each as the mean over the processes.
+
+    Raises UserError, in all processes, if a loss or a weight is not finite: a run that has diverged
+    must stop before it is saved. Waits for the GPU.
+    """
+    means = all_sum(torch.stack(losses) / world).tolist()
+    # A finite loss can have an infinite gradient, which shows in the weights.
+    norms = torch._foreach_norm(list(model.parameters()))
+    if not math.isfinite(sum(means) + torch.stack(norms).sum().item()):
+        raise UserError(
+            f"the loss ({means[-1]:g}) or a weight is not finite at step {step}; last.pt, if there "
+            "is one, is from before: resume with --amp none, or start anew with a lower --lr"
+        )
+    return means
+
+
+LOG_STEPS = 20  # between reports, because reading a loss waits for the GPU
+
+
+def train(
+    plan: Plan,
+    process: Process,
+    classifier: CLIPClassifier,
+    train_set: FolderDataset,
+    val_set: FolderDataset,
+    output: Path,
+    state: dict | None = None,
+) -> Iterator[dict]:
+    """A run: optimizer steps, and an evaluation after each epoch.
+
+    Each step sets the learning rate of each group, makes a train_step and updates the EMA. After
+    each epoch the raw and the EMA weights are evaluated. best.pt gets the EMA weights whenever
+    their top-1 is higher than in all epochs before. That is how the paper's numbers are chosen, on
+    the images on which they are reported; the last epoch's are lower (84.7 instead of 85.7 for
+    ViT-B/16). last.pt gets all that is needed to resume: weights, EMA, optimizer, scaler, step and
+    history. It is written after each epoch, and within an epoch every save_minutes.
+
+    It is a generator that yields what happens, and the caller prints it.
+
+    Args:
+        classifier: on the device.
+        output: folder for last.pt and best.pt, which rank 0 writes.
+        state: contents of last.pt, to go on from there. The run then enters the loop in the
+            middle; nothing else distinguishes it.
+
+    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: number, loss and lr of
+    the last step, steps and seconds of waiting for data since the last report. Yields at the end of
+    each epoch {"history"}: a record for each epoch so far, with accuracies if it was evaluated.
+    Raises UserError if the loss or the weights are not finite.
+    """
+    num_layers = len(classifier.trunk.transformer["resblocks"])
+    groups = param_groups(classifier, num_layers, plan.lr, plan.layer_decay, plan.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
+    ema = EMA(classifier, plan.ema_decay)
+    parts = {"model": classifier, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
+    step = 0  # optimizer steps done
+    history: list[dict] = []
+    loss_sum = 0.0  # of the steps of this epoch
+    if state is not None:
+        for name, part in parts.items():
+            if state[name]:  # the scaler of a run that was not in fp16 has nothing
+                part.load_state_dict(state[name])
+        step = state["step"]
+        history = state["history"]
+        loss_sum = state["loss_sum"]
+
+    model: nn.Module = torch.compile(classifier) if plan.compile else classifier
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    batches = DeviceBatches(train_set, plan, process, first=step)
+    micro_batches = iter(batches)
+    val_batches = eval_loader(val_set, process, plan.workers, min(64, plan.micro_batch_size))
+    about = {"model_config": classifier.config, "classes": train_set.classes, "plan": plan.fixed()}
+
+    def save_last() -> None:
+        if process.rank == 0:
+            weights = {name: part.state_dict() for name, part in parts.items()}
+            progress = {"step": step, "history": history, "loss_sum": loss_sum}
+            save_checkpoint(output / "last.pt", about | weights | progress)
+
+    losses: list[Tensor] = []
+    saved = time.monotonic()
+    for epoch in range(len(history), plan.epochs):
+        epoch_end = (epoch + 1) * plan.steps_per_epoch
+        while step < epoch_end:
+            lr = lr_at(step, plan.total_steps, plan.warmup_steps, plan.lr, plan.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            loss = train_step(
+                model,
+                micro_batches,
+                plan.accumulation,
+                optimizer,
+                scaler,
+                process.amp_dtype,
+                plan.label_smoothing,
+                plan.clip_grad,
+            )
+            ema.update(classifier)
+            losses.append(loss)
+            step += 1
+            if step % LOG_STEPS == 0 or step == epoch_end:
+                means = mean_losses(losses, classifier, step, process.world)
+                for mean in means:  # one by one, so that a resumed run rounds alike
+                    loss_sum += mean
+                speed = {"steps": len(losses), "waited": batches.waited}
+                yield {"step": step, "loss": means[-1], "lr": lr} | speed
+                losses.clear()
+                batches.waited = 0.0
+                if time.monotonic() - saved >= 60 * plan.save_minutes and step < epoch_end:
+                    save_last()
+                    saved = time.monotonic()
+
+        head_lr = optimizer.param_groups[-1]["lr"]
+        record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch, "lr": head_lr}
+        if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
+            models = {"raw": classifier, "ema": ema.module}
+            record |= evaluate(models, val_batches, process.amp_dtype)
+            past = [other.get("ema_top1", -1.0) for other in history]
+            if process.rank == 0 and record["ema_top1"] > max(past, default=-1.0):
+                weights = {"ema": ema.module.state_dict(), "record": record}
+                save_checkpoint(output / "best.pt", about | weights)
+        history.append(record)
+        loss_sum = 0.0
+        save_last()
+        saved = time.monotonic()
+        yield {"history": history}
+
+
+# ------------------------------------------------------------------------------------ files
+#
+# The recipe is complete above. Here weights are read, and checkpoints are written and read.
+
+
+def model_config(model: str | dict) -> dict:
+    """Configuration of a plain vision transformer: {"quick_gelu": bool, "vision_cfg": {...}}.
+
+    Args:
+        model: open_clip name, path of a JSON file as open_clip and its hub have them, or the
+            contents of such a file.
+
+    Raises UserError for an unknown model, or one with parts that VisionTransformer does not have.
+    """
+    import open_clip  # not at the top: it takes a second, for which --help need not wait
+
+    if isinstance(model, dict):
+        config = model
+    elif os.path.isfile(model):
+        try:
+            config = json.loads(Path(model).read_text())
+        except ValueError as error:
+            raise UserError(f"--model {model} is not valid JSON ({error}): correct it") from error
+    else:
+        config = open_clip.get_model_config(model) or {}
+    config = config.get("model_cfg", config)  # the hub's files have it one level down
+    if "vision_cfg" not in config:
+        raise UserError(
+            f"--model {model} is not known to open_clip: give a name such as ViT-B-16 "
+            "(open_clip.list_models() has all), or an existing JSON file"
+        )
+    vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
+    vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
+    without_effect = ("pool_type", "final_ln_after_pool", "output_tokens")  # about the output
+    for key, value in config["vision_cfg"].items():
+        if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
+            vision[key] = value
+        elif value and key not in without_effect:
+            raise UserError(
+                f"--model {model} is not a plain ViT ({key}: {value}): give one such as ViT-B-16"
+            )
+    return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
+
+
+def pretrained_tag(model: str | dict, pretrained: str) -> dict:
+    """What open_clip knows about a tag of a model: where its weights are and their activation.
+
+    Raises UserError if there is no such tag.
+    """
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(str(model), pretrained)
+    if not tag:
+        tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
+        raise UserError(
+            f"--pretrained {pretrained} is neither a file nor a tag of {model}: "
+            f"give a weights file or one of {', '.join(tags)}"
+        )
+    return tag
+
+
+def read_weights(model: str | dict, pretrained: str) -> dict:
+    """Contents of a weights file or a tag: a state dict, or a dict that has one inside.
+
+    A tag is downloaded once. A file may be OpenAI's TorchScript archive, safetensors, or from
+    torch.save; nothing in a pickle is executed. Raises UserError if it cannot be had or read.
+    """
+    import open_clip
+    import safetensors.torch
+
+    is_file = os.path.isfile(pretrained)
+    tag = {} if is_file else pretrained_tag(model, pretrained)
+    try:
+        path = pretrained if is_file else open_clip.download_pretrained(tag)
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        with contextlib.suppress(RuntimeError):  # it is not TorchScript, as OpenAI's own files are
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        # Training scripts often save their flags, an argparse.Namespace, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch then advises to trust the file
+        raise UserError(
+            f"cannot load --pretrained {pretrained} ({reason}): give another file, or a tag with a "
+            "network connection"
+        ) from error
+
+
+def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
+    """Whether a model with these weights uses QuickGELU. Downloads nothing.
+
+    open_clip itself does not switch QuickGELU on for OpenAI's weights, but its list of tags knows
+    which weights need it. A best.pt has its activation inside, and OpenAI's files are known by
+    their contents. For another file, the configuration of the model must say that it is QuickGELU.
+    Raises UserError if nothing tells.
+    """
+    configured = model_config(model)["quick_gelu"]
+    if pretrained == "none":
+        return configured
+    if not os.path.isfile(pretrained):
+        return pretrained_tag(model, pretrained).get("quick_gelu", False)
+    contents = read_weights(model, pretrained)
+    if "model_config" in contents:  # a best.pt or last.pt of this program
+        return contents["model_config"]["quick_gelu"]
+    if not configured and "input_resolution" not in contents:  # which only OpenAI's own files have
+        raise UserError(
+            f"--pretrained {pretrained} does not say its activation: give --quick-gelu for weights "
+            "of OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
+        )
+    return True
+
+
+def load_weights(model: str | dict, pretrained: str) -> dict[str, Tensor]:
+    """Weights of a trunk, named as in VisionTransformer, from a tag or from a file.
+
+    They may be of an image encoder or a whole CLIP, at the top level or under a key such as "model",
+    with any prefix before the names. Raises UserError if they cannot be had, or are not of a ViT.
+    """
+    weights = read_weights(model, pretrained)
+    for key in ("state_dict", "ema", "model", "model_ema"):
+        weights = weights.get(key, weights)
+
+    # The trunk is where conv1 is: behind "visual." in a whole CLIP, "module.visual." after DDP,
+    # "trunk." in a best.pt of this program. Other parts are left behind.
+    prefixes = [name[: -len("conv1.weight")] for name in weights if name.endswith("conv1.weight")]
+    if len(prefixes) != 1:
+        names = ", ".join(list(weights)[:3])
+        raise UserError(
+            f"--pretrained {pretrained} has no vision transformer with open_clip's names, but "
+            f"{names}, ...: give open_clip's file of these weights, or its tag"
+        )
+    prefix = prefixes[0]
+    trunk = {name[len(prefix) :]: weights[name] for name in weights if name.startswith(prefix)}
+    for unused in ("proj", "ln_post.weight", "ln_post.bias"):
+        trunk.pop(unused, None)
+    return trunk
 
 
 def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> None:
@@ -1360,7 +1526,7 @@ def load_checkpoint(path: str | Path, format: str = "ftclip 3") -> dict:
 def load_classifier(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[CLIPClassifier, list[str], Callable]:
-    """A trained model for use, from best.pt, or the EMA weights of last.pt.
+    """A trained model for use, with the EMA weights of a best.pt or last.pt.
 
     Copy the part "model", eval_transform, normalize and load_checkpoint with it.
 
@@ -1370,137 +1536,15 @@ def load_classifier(
     """
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
-    model.load_state_dict(state["ema"] if "ema" in state else state["model"])
+    model.load_state_dict(state["ema"])
     image_size = model.config["vision_cfg"]["image_size"]
     transform = functools.partial(eval_transform, image_size=image_size)
     return model.eval().to(device), state["classes"], transform
 
 
-def mean_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -> list[float]:
-    """Losses of the last steps, each as the mean over the processes.
-
-    Raises UserError, in all processes, if a loss or a weight is not finite: a run that has diverged
-    must stop before it is saved. Waits for the GPU.
-    """
-    means = all_sum(torch.stack(losses) / world).tolist()
-    # A finite loss can have an infinite gradient, which shows in the weights.
-    norms = torch._foreach_norm(list(model.parameters()))
-    if not math.isfinite(sum(means) + torch.stack(norms).sum().item()):
-        raise UserError(
-            f"the loss ({means[-1]:g}) or a weight is not finite at step {step}; last.pt, if there "
-            "is one, is from before: resume with --amp none, or start anew with a lower --lr"
-        )
-    return means
-
-
-LOG_STEPS = 20  # between reports, because reading a loss waits for the GPU
-
-
-def train(
-    plan: Plan,
-    process: Process,
-    classifier: CLIPClassifier,
-    train_set: FolderDataset,
-    val_set: FolderDataset,
-    output: Path,
-    state: dict | None = None,
-) -> Iterator[dict]:
-    """A run, as a generator that reports what happens: the caller prints it.
-
-    Args:
-        classifier: on the device.
-        output: folder for last.pt and best.pt, which rank 0 writes.
-        state: contents of last.pt, to go on from there. The run then enters the loop in the
-            middle; nothing else distinguishes it.
-
-    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: number, loss and lr of
-    the last step, steps and seconds of waiting for data since the last report. Yields at the end of
-    each epoch {"history"}: a record for each epoch so far, with accuracies if it was evaluated.
-    Raises UserError if the loss or the weights are not finite.
-    """
-    num_layers = len(classifier.trunk.transformer["resblocks"])
-    groups = param_groups(classifier, num_layers, plan.lr, plan.layer_decay, plan.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
-    ema = EMA(classifier, plan.ema_decay)
-    parts = {"model": classifier, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
-    step = 0  # optimizer steps done
-    history: list[dict] = []
-    loss_sum = 0.0  # of the steps of this epoch
-    if state is not None:
-        for name, part in parts.items():
-            if state[name]:  # the scaler of a run that was not in fp16 has nothing
-                part.load_state_dict(state[name])
-        step = state["step"]
-        history = state["history"]
-        loss_sum = state["loss_sum"]
-
-    model: nn.Module = torch.compile(classifier) if plan.compile else classifier
-    if dist.is_initialized():
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    batches = DeviceBatches(train_set, plan, process, first=step)
-    micro_batches = iter(batches)
-    val_batches = eval_loader(val_set, process, plan.workers, min(64, plan.micro_batch_size))
-    about = {"model_config": classifier.config, "classes": train_set.classes, "plan": plan.fixed()}
-
-    def save_last() -> None:
-        if process.rank == 0:
-            weights = {name: part.state_dict() for name, part in parts.items()}
-            position = {"step": step, "history": history, "loss_sum": loss_sum}
-            save_checkpoint(output / "last.pt", about | weights | position)
-
-    losses: list[Tensor] = []
-    saved = time.monotonic()
-    for epoch in range(len(history), plan.epochs):
-        epoch_end = (epoch + 1) * plan.steps_per_epoch
-        while step < epoch_end:
-            lr = lr_at(step, plan.total_steps, plan.warmup_steps, plan.lr, plan.min_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            loss = train_step(
-                model,
-                micro_batches,
-                plan.accumulation,
-                optimizer,
-                scaler,
-                process.amp_dtype,
-                plan.label_smoothing,
-                plan.clip_grad,
-            )
-            ema.update(classifier)
-            losses.append(loss)
-            step += 1
-            if step % LOG_STEPS == 0 or step == epoch_end:
-                means = mean_losses(losses, classifier, step, process.world)
-                for mean in means:  # one by one: the same sum, wherever a run was resumed
-                    loss_sum += mean
-                speed = {"steps": len(losses), "waited": batches.waited}
-                yield {"step": step, "loss": means[-1], "lr": lr} | speed
-                losses.clear()
-                batches.waited = 0.0
-                if time.monotonic() - saved >= 60 * plan.save_minutes and step < epoch_end:
-                    save_last()
-                    saved = time.monotonic()
-
-        head_lr = optimizer.param_groups[-1]["lr"]
-        record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch, "lr": head_lr}
-        if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
-            models = {"raw": classifier, "ema": ema.module}
-            record |= evaluate(models, val_batches, process.amp_dtype)
-            past = [other.get("ema_top1", -1.0) for other in history]
-            if process.rank == 0 and record["ema_top1"] > max(past, default=-1.0):
-                weights = {"model": ema.module.state_dict(), "record": record}
-                save_checkpoint(output / "best.pt", about | weights)
-        history.append(record)
-        loss_sum = 0.0
-        save_last()
-        saved = time.monotonic()
-        yield {"history": history}
-
-
 # ------------------------------------------------------------------------------------ the program
 #
-# The recipe is complete above. Here flags become a run, and what the user should know is printed.
+# Here flags become a run, and what the user should know is printed.
 
 # A tiny ViT from scratch. Nothing is pretrained, so that all layers learn at one pace.
 DEMO_MODEL = {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}}
@@ -1772,8 +1816,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"stopped: the same command resumes from {output}/last.pt") from None
     best = output / "best.pt"
     if process.rank == 0:
-        state = "has the EMA weights of the best epoch on val" if best.exists() else "is gone"
-        print(f"Finished: {best} {state}")
+        content = "has the EMA weights of the best epoch on val" if best.exists() else "is gone"
+        print(f"Finished: {best} {content}")
 
 
 def run() -> int:
@@ -1786,7 +1830,7 @@ def run() -> int:
     except UserError as error:
         text = str(error)
     except torch.OutOfMemoryError:
-        text = "the GPU has not enough memory: halve --micro-batch-size, the result stays the same"
+        text = "the GPU has not enough memory: halve --micro-batch-size, the batch stays the same"
     except RuntimeError as error:
         if "closed by peer" not in str(error):
             raise
