@@ -349,9 +349,13 @@ class VisionTransformer(nn.Module):
     """CLIP's image encoder without its last norm and projection: the trunk of the classifier.
 
     Parameters have open_clip's names, so that its state dicts load strictly, and the first seven
-    arguments are those of its configurations. Copy the three classes above with it.
+    arguments are those of its configurations. Copy Attention, QuickGELU and
+    Block with it.
 
     Args:
+        image_size, patch_size: in pixels.
+        width: of a token, a multiple of head_width.
+        layers: number of blocks.
         head_width: width of an attention head.
         mlp_ratio: hidden width of the MLP over width.
         no_ln_pre: leave out the norm before the first block. Most other ViTs do not have one.
@@ -599,7 +603,8 @@ def param_groups(
         lr: learning rate of the head.
         layer_decay: lr of a layer over that of the layer above it.
         weight_decay: of matrices and kernels.
-        layer_id: function from a parameter's name and num_layers to its layer.
+        layer_id: function from a parameter's name and num_layers to its layer. Copy the one above
+            with this function, or write one of the same name for another model.
 
     Returns at most two groups per layer, from the embeddings up, with the keys "params", "names",
     "layer", "lr", "lr_scale" and "weight_decay". Raises ValueError unless each layer from 0 to
@@ -706,7 +711,6 @@ class EMA:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels from 0 to 1: red, green, blue
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 @dataclass
@@ -806,7 +810,9 @@ def train_transform(
         crop_scale: smallest area of the crop as a share of the image.
         randaug: function from Pillow image to Pillow image, such as RandAugment().
     """
-    crop = v2.RandomResizedCrop(image_size, scale=(crop_scale, 1.0), interpolation=BICUBIC)
+    crop = v2.RandomResizedCrop(
+        image_size, scale=(crop_scale, 1.0), interpolation=TF.InterpolationMode.BICUBIC
+    )
     return functools.partial(augment, crop=crop, randaug=randaug)
 
 
@@ -829,7 +835,7 @@ def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
     """
     if isinstance(image, Image.Image):
         image = TF.pil_to_tensor(image.convert("RGB"))
-    image = TF.resize(image, [image_size], interpolation=BICUBIC, antialias=True)
+    image = TF.resize(image, [image_size], interpolation=TF.InterpolationMode.BICUBIC)
     return normalize(TF.center_crop(image, [image_size]))
 
 
@@ -1121,9 +1127,10 @@ def train_step(
     Without it the logits grow without bound, and wrong labels are believed as firmly as right ones.
 
     Args:
-        model: plain or in DistributedDataParallel. It is put in training mode.
-        micro_batches: iterator, on the model's device: images (N, 3, S, S), and labels (N,) or
-            probabilities (N, num_classes).
+        model: from images to logits (N, num_classes), plain or in DistributedDataParallel. It is
+            put in training mode.
+        micro_batches: iterator, on the model's device: normalized images (N, 3, S, S), and labels
+            (N,) or probabilities (N, num_classes).
         accumulation: number of micro-batches to take from it.
         optimizer: with the learning rates of this step.
         scaler: enabled for fp16, disabled otherwise.
@@ -1179,7 +1186,8 @@ def evaluate(
     that are slightly wrong, as in the official code (run_class_finetuning.py:275-281).
 
     Args:
-        models: on one device. They are put in evaluation mode.
+        models: from images to logits (N, num_classes), on one device. They are put in evaluation
+            mode.
         batches: normalized images (N, 3, S, S) and labels (N,), such as a DataLoader's.
         amp_dtype: of autocast, or None.
 
