@@ -69,19 +69,20 @@ class UserError(ValueError):
 # CLIP has learned features from 400 million images with captions. They are better than any that the
 # images of one data set alone could teach. Fine-tuning adapts them to the classes of the data set,
 # and the danger is to lose them on the way. The usual settings for fine-tuning lose a part of them.
-# Figure 1 of the paper shows this for ViT-B/16 at 224 pixels. Each row keeps the changes above it:
+# Figure 1 of the paper shows this for ViT-B/16, at 224 pixels in all rows but the last. Each row
+# keeps the changes above it:
 #
-#     change                                                        top-1   why it helps
+#     change                                                        top-1   effect
 #     (the usual fine-tuning settings)                              82.3 %
-#     smaller learning rate                                         84.3 %  stays near CLIP
-#     EMA of the weights, decay 0.9998                              84.6 %  averages out noise
-#     learning rate decays from layer to layer, by 0.6              85.3 %  keeps low layers most
-#     fewer epochs, 50 instead of 100 (*)                           85.2 %  costs half
-#     weaker augmentation, without MixUp and CutMix (*)             85.7 %  natural images
+#     smaller learning rate                                         84.3 %  weights stay near CLIP's
+#     EMA of the weights, decay 0.9998                              84.6 %  noise is averaged out
+#     learning rate decays from layer to layer, by 0.6              85.3 %  low layers are kept most
+#     fewer epochs, 50 instead of 100 (*)                           85.2 %  half of the compute
+#     weaker augmentation, without MixUp and CutMix (*)             85.7 %  images look natural
 #     384 pixels, lr 7e-4 instead of 6e-4, patch embedding trained  86.6 %  more detail
 #
-# (*) The figure does not say what changed. This is what the final recipe implies. The learning
-# rates of the first two rows are not in the figure either.
+# (*) The figure names these two changes, but not their values. Those given here follow from the
+# final recipe. The learning rates of the first two rows are not known either.
 #
 # The model is CLIP's vision transformer with a new head: LayerNorm, mean over the patch tokens, and
 # a linear layer. One optimizer step, with AdamW on a global batch of 2048 images:
@@ -97,9 +98,9 @@ class UserError(ValueError):
 class Config:
     """What a user can set. Each field is a flag: `weight_decay` is `--weight-decay`.
 
-    What is given is used as given. `resolve` fills in what is None, from the recipe that is nearest
-    in depth and image size, the number of training images and the number of devices. The comments
-    are the help texts of the flags.
+    What is given is used as given. `resolve` fills in the numbers that are None, from the recipe
+    that is nearest in depth and image size, the number of training images and the number of
+    devices. The comments are the help texts of the flags.
     """
 
     # Model and data.
@@ -115,8 +116,8 @@ class Config:
     warmup_epochs: float | None = None  # epochs of rising lr; default: the recipe's share
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
-    lr: float | None = None  # peak lr of the head; default: recipe x root of the batch ratio
-    min_lr: float | None = None  # final lr of the head; default: recipe, scaled likewise
+    lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / its batch)
+    min_lr: float | None = None  # final lr of the head; default: as for lr
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
     ema_decay: float | None = None  # 0 is off; default: recipe, less in a short run
@@ -177,7 +178,7 @@ RECIPES = {
 
 @dataclass
 class Plan(Config):
-    """A Config in which everything is decided, and the numbers that follow."""
+    """A Config in which all numbers are decided, and the numbers that follow."""
 
     recipe: tuple[str, int] = ("", 0)  # key of RECIPES
     num_images: int = 0  # for training
@@ -187,7 +188,11 @@ class Plan(Config):
     warmup_steps: int = 0
 
     def fixed(self) -> dict:
-        """The values that must stay the same when a run is resumed."""
+        """The values that must stay the same when a run is resumed.
+
+        The others say where and how fast it is computed. They change its rounding at most, and with
+        another micro_batch_size the noise.
+        """
         free = "model data output micro_batch_size accumulation workers device amp compile demo"
         free += " grad_checkpointing save_minutes dry_run eval checkpoint"
         values = asdict(self)
@@ -202,7 +207,7 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     averages over 767 steps.
 
     Args:
-        config: what the user has given, and image_size.
+        config: the flags; image_size must be set.
         num_layers: number of blocks of the model.
         num_images: number of training images.
         devices: number of processes, one per device.
@@ -211,15 +216,16 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     """
     plan = Plan(**asdict(config), num_images=num_images)
 
-    # Recipe: the paper's runs of a model of this depth, and of these the nearest image size.
+    # Recipe: the paper's runs of a model of this depth, and of these the nearest image size. For
+    # models with more than 24 blocks this is untried.
     depth = "ViT-L-14" if num_layers > 12 else "ViT-B-16"
     keys = [key for key in RECIPES if key[0] == depth]
     plan.recipe = min(keys, key=lambda key: abs(key[1] - plan.image_size))
     recipe = RECIPES[plan.recipe]
 
     # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
-    # epoch, because too few optimizer steps underfit. All devices get equally many images: a
-    # default batch is rounded down for it, a batch that was given must fit.
+    # epoch, because too few optimizer steps underfit. A default batch is rounded to a multiple of
+    # devices x micro-batch, a batch that was given must be one.
     unit = devices * (plan.micro_batch_size or 1)
     wanted = plan.batch_size
     if wanted is None:
@@ -230,15 +236,11 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     if plan.batch_size is None:
         plan.batch_size = possible
     if plan.batch_size > num_images:
-        raise UserError(
-            f"a batch of {plan.batch_size} images is more than the {num_images} for training: "
-            "lower --batch-size or the number of devices"
-        )
+        raise UserError(f"a batch of {plan.batch_size} is more than {num_images} images: lower it")
     if plan.batch_size != possible:
-        raise UserError(
-            f"--batch-size {plan.batch_size} is not a multiple of {devices} device(s) x "
-            f"{unit // devices} image(s): try {possible} or {possible + unit}"
-        )
+        chain = f"{devices} device(s) x {unit // devices} image(s)"
+        tries = f"try {possible} or {possible + unit}"
+        raise UserError(f"--batch-size {plan.batch_size} is not a multiple of {chain}: {tries}")
 
     # Micro-batch: the largest up to the recipe's that divides a device's share of the batch.
     per_device = plan.batch_size // devices
@@ -248,9 +250,9 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
             plan.micro_batch_size -= 1
     plan.accumulation = per_device // plan.micro_batch_size
 
-    # Learning rate: scaled by the square root of the batch size. AdamW divides the gradient by its
-    # own size, which for small batches is mostly noise, and noise shrinks with the square root
-    # (arXiv 2205.10287).
+    # Learning rate: AdamW divides the gradient by its own size. For small batches this size is
+    # mostly noise, which falls as 1 / sqrt(batch), so that the useful part of a step grows as
+    # sqrt(batch). The learning rate is scaled likewise (arXiv 2205.10287).
     batch_scale = math.sqrt(plan.batch_size / recipe.batch_size)
     if plan.lr is None:
         plan.lr = recipe.lr * batch_scale
@@ -261,8 +263,8 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     if plan.layer_decay is None:
         plan.layer_decay = recipe.layer_decay
 
-    # Schedule: warm-up keeps its share of the epochs. Images that do not fill a batch are dropped;
-    # they are others in each epoch (official run_class_finetuning.py:431).
+    # Schedule: warm-up keeps its share of the epochs. Images that do not fill a batch are dropped,
+    # different ones in each epoch (official run_class_finetuning.py:431).
     if plan.epochs is None:
         plan.epochs = recipe.epochs
     if plan.warmup_epochs is None:
@@ -274,7 +276,7 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     plan.warmup_steps = min(round(plan.warmup_epochs * plan.steps_per_epoch), plan.total_steps - 1)
 
     # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps. In a shorter run
-    # such an average would hardly leave the starting weights: a third of the run is the most.
+    # it would still consist mostly of the starting weights, so it covers a third of the run at most.
     if plan.ema_decay is None:
         plan.ema_decay = min(recipe.ema_decay, 1 - 1 / max(2, plan.total_steps / 3))
 
@@ -447,7 +449,7 @@ class CLIPClassifier(nn.Module):
         features = self.norm(tokens).mean(dim=1)  # (N, width)
         # In bf16 the logits of two classes are often equal, and the first would always win.
         with torch.autocast(images.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype))
+            return self.head(features.to(self.head.weight.dtype))  # another trunk may give bf16
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -481,7 +483,7 @@ def build_model(
     """A CLIP trunk with the FT-CLIP head, float32.
 
     Its attribute `config` is the configuration from which build_model makes the same model again.
-    On the meta device, pretrained weights are neither downloaded nor read.
+    On the meta device, no weights are loaded.
 
     Args:
         model: open_clip name, path of a JSON file, or a configuration.
@@ -508,10 +510,8 @@ def build_model(
     grid = vision["image_size"] // patch_size
     if vision["image_size"] % patch_size:
         below = max(1, grid) * patch_size
-        raise UserError(
-            f"--image-size {image_size} is not a multiple of the patch size, {patch_size} pixels: "
-            f"try {below} or {below + patch_size}"
-        )
+        tries = f"try {below} or {below + patch_size}"
+        raise UserError(f"--image-size {image_size} is no multiple of patch {patch_size}: {tries}")
     if quick_gelu is None:
         quick_gelu = needs_quick_gelu(model, pretrained)
     config["quick_gelu"] = quick_gelu
@@ -523,10 +523,7 @@ def build_model(
             trunk.load_state_dict(weights)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"--pretrained {pretrained} does not fit {model} ({reason}): "
-                "give the --model for which it was made"
-            ) from error
+            raise UserError(f"--pretrained {pretrained} does not fit {model}: {reason}") from error
     classifier = CLIPClassifier(trunk, vision["width"], num_classes)
     classifier.config = config
 
@@ -546,7 +543,8 @@ def build_model(
 # head has it: with a layer decay of 0.6, the middle of ViT-B/16 has about 1e-5.
 #
 # A short schedule is enough because little has to be learned. In the paper, a run of 100 epochs is
-# best at about half of its epochs and then overfits (Figure 2).
+# best at about half of its epochs and then overfits (Figure 2). Even the runs of 50 and 30 epochs
+# are best before their end: in the published logs, the best EMA comes at 56 to 67 % of the run.
 
 
 def layer_id(name: str, num_layers: int) -> int:
@@ -575,27 +573,28 @@ def param_groups(
     weight_decay: float,
     layer_id: Callable[[str, int], int] = layer_id,
 ) -> list[dict]:
-    """Parameter groups for AdamW, with a learning rate that decays from the head to the embeddings.
+    """AdamW's parameter groups, with a learning rate that decays from the head to the embeddings.
 
     Low layers of CLIP see edges and textures, which hardly depend on the task. High layers see what
     the task is about. So layer i has the learning rate lr * layer_decay ** (num_layers + 1 - i).
     For ViT-B/16 with lr 6e-4 and layer_decay 0.6:
 
-        layer                          scale            lr
-        13   norm, head                0.6^0  = 1       6.0e-4
-        12   block 11                  0.6^1  = 0.6     3.6e-4
-        11   block 10                  0.6^2  = 0.36    2.2e-4
+        layer                                        scale            lr
+        13   norm, head                              0.6^0  = 1       6.0e-4
+        12   block 11                                0.6^1  = 0.6     3.6e-4
+        11   block 10                                0.6^2  = 0.36    2.2e-4
         ...
-         6   block 5                   0.6^7  = 0.028   1.7e-5
+         6   block 5                                 0.6^7  = 0.028   1.7e-5
         ...
-         1   block 0                   0.6^12 = 0.0022  1.3e-6
-         0   conv1, tokens, positions  0.6^13 = 0.0013  7.8e-7
+         1   block 0                                 0.6^12 = 0.0022  1.3e-6
+         0   class and positional embedding, ln_pre  0.6^13 = 0.0013  7.8e-7
+             (and conv1, where it is trained)
 
     The learning rate changes at each step, so the schedule must apply the scale too, before each
     optimizer step: `group["lr"] = lr_at(...) * group["lr_scale"]`.
 
-    Biases, norms, tokens and positions have no weight decay: they are few, and zero is no natural
-    value for them. Frozen parameters are in no group.
+    Biases, norms, and class and positional embeddings have no weight decay: they are few, and zero
+    is no natural value for them. Frozen parameters are in no group.
 
     Args:
         model: not wrapped in DDP or torch.compile, which change the names.
@@ -608,8 +607,8 @@ def param_groups(
 
     Returns at most two groups per layer, from the embeddings up, with the keys "params", "names",
     "layer", "lr", "lr_scale" and "weight_decay". Raises ValueError unless each layer from 0 to
-    num_layers + 1 has a parameter: a layer_id for another model is easily wrong, and learning
-    rates then are wrong without a sign.
+    num_layers + 1 has a parameter: a mistake in the layer_id of another model would otherwise go
+    unnoticed.
 
     Source: official optim_factory.py:60, run_class_finetuning.py:441.
     """
@@ -643,16 +642,17 @@ def param_groups(
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
-    """Learning rate at an optimizer step, counted from 0: linear from 0 to lr, then half a cosine.
+    """Learning rate at an optimizer step: linear from 0 to lr, then half a cosine to min_lr.
 
     Warm-up is there for AdamW and for the head. AdamW divides each step by the root of an average
     of squared gradients, which is unreliable while it has seen few of them. And while the head is
     near zero, its gradients say little about where the trunk should go. The cosine ends the run
     with small learning rates, so that the weights settle.
 
-    Both ends of the warm-up count: step 0 has lr 0, and step warmup_steps - 1 has lr if it is
-    another one. The first step of the cosine has lr too. From total_steps on it is min_lr. lr and
-    min_lr are the head's; those of a group are these times its "lr_scale".
+    Steps count from 0. Step 0 of a warm-up has 0: it only fills AdamW's averages, as in the official
+    code. Step warmup_steps - 1 (of two or more) and step warmup_steps both have lr, the peak. From
+    total_steps on, the result is min_lr. lr and min_lr are the head's; those of a group are these
+    times its "lr_scale".
 
     Source: official utils.py:407-424.
     """
@@ -669,8 +669,8 @@ class EMA:
     """Exponential moving average of weights: average += (1 - decay) * (weights - average).
 
     The weights oscillate from step to step around a point to which they converge slowly. Their
-    average oscillates less and is closer to it. In the four published runs the best EMA is 0.9 to
-    1.7 points above the best raw weights.
+    average oscillates less and is closer to it. In the four published runs, the best EMA is 0.9 to
+    1.7 points above the best raw weights. Figure 1 reports 0.3 points, without layer decay.
 
     The average covers about 1 / (1 - decay) steps: 5,000 for the paper's 0.9998, which are eight
     epochs of ImageNet. It starts from the starting weights, and at first it still consists of them:
@@ -698,14 +698,14 @@ class EMA:
         averages = list(self.module.parameters())
         torch._foreach_lerp_(averages, list(model.parameters()), 1 - self.decay)  # in few kernels
         for average, buffer in zip(self.module.buffers(), model.buffers()):
-            average.copy_(buffer)  # CLIP has no buffers; batch norm has
+            average.copy_(buffer)  # CLIP has none; those of batch norm are averages already
 
 
 # ------------------------------------------------------------------------------------ augmentation
 #
 # Augmentation shows each image differently in each epoch, which keeps a large model from learning
-# the images by heart. But pretraining has seen natural images, so that what an augmentation makes
-# should still look like one. RandAugment and random erasing change one image and stay in the
+# the images by heart. But pretraining has seen natural images, so augmented images should still
+# look natural. RandAugment and random erasing change one image and stay in the
 # recipe. MixUp and CutMix blend two images into something that CLIP has never seen, and the final
 # recipe is without them.
 
@@ -871,9 +871,9 @@ def random_erasing(images: Tensor, probability: float, rng: random.Random = rand
 
 # ------------------------------------------------------------------------------------ data
 #
-# A run must give the same result however often it is interrupted, and on any number of devices that
-# take micro-batches of the same size. So nothing is drawn from a generator whose state would have
-# to be saved. What a loader worker draws for an image follows from (seed, epoch, index). What a
+# A run must see the same images with the same noise however often it is interrupted, and on any
+# number of devices that take micro-batches of the same size. So nothing is drawn from a generator
+# whose state would have to be saved. What a loader worker draws for an image follows from (seed, epoch, index). What a
 # device draws for a micro-batch follows from (seed, step, its place in the global batch). Both use
 # one mechanism: seed the generators from a text with these numbers, then call ordinary random
 # functions.
@@ -898,7 +898,7 @@ def read_image(path: str | Path) -> Tensor:
         with open(path, "rb") as file:
             is_jpeg = file.read(2) == b"\xff\xd8"
         if is_jpeg:
-            # Pillow takes what torchvision cannot decode, or all once torchvision has no decoder.
+            # Pillow takes what torchvision cannot decode, or all if torchvision has no decoder.
             with contextlib.suppress(RuntimeError, AttributeError):
                 return torchvision.io.decode_image(str(path), mode="RGB")
         with Image.open(path) as file:
@@ -907,23 +907,21 @@ def read_image(path: str | Path) -> Tensor:
                 return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
             return TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # each decoder has its own
-        raise UserError(
-            f"cannot read image {path} ({error}): replace it by a good one of the same name"
-        ) from error
+        raise UserError(f"cannot read image {path} ({error}): put a good one there") from error
 
 
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
 
 class FolderDataset(Dataset):
-    """Images in ROOT/<class>/*, at any depth below the class. Copy what its methods name.
+    """Images in ROOT/<class>/*, at any depth below the class.
 
     The key (epoch, index) gives a training sample: its randomness follows from (seed, epoch, index)
     alone, so it is the same in any process, worker and restart. The key index gives an image for
     evaluation. Both return (transform(image), label).
 
-    An image is told by the ending of its name. What begins with a dot is left out, because systems
-    and notebooks put copies there.
+    Images are recognized by the ending of their name. What begins with a dot is left out, because
+    systems and notebooks put copies there. Copy IMAGE_ENDINGS, read_image and seed_generators too.
 
     Args:
         root: folder of the class folders.
@@ -964,10 +962,8 @@ class FolderDataset(Dataset):
             label = self.classes.index(name)
             self.samples += [(f"{root}/{name}/{file}", label) for file in files]
         if not folders or len(self.classes) < 2:
-            raise UserError(
-                f"{root} has the class folders {folders}, but a classifier needs two classes or "
-                f"more; perhaps they lie one level too deep: {need}"
-            )
+            few = f"{root} has the class folders {folders}, and a classifier needs two"
+            raise UserError(f"{few}; perhaps they lie one level too deep: {need}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -1227,16 +1223,14 @@ def mean_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -
     """Losses of the last steps, each as the mean over the processes.
 
     Raises UserError, in all processes, if a loss or a weight is not finite: a run that has diverged
-    must stop before it is saved. Waits for the GPU.
+    must stop before it is saved, and last.pt is from before. Waits for the GPU.
     """
     means = all_sum(torch.stack(losses) / world).tolist()
     # A finite loss can have an infinite gradient, which shows in the weights.
     norms = torch._foreach_norm(list(model.parameters()))
     if not math.isfinite(sum(means) + torch.stack(norms).sum().item()):
-        raise UserError(
-            f"the loss ({means[-1]:g}) or a weight is not finite at step {step}; last.pt, if there "
-            "is one, is from before: resume with --amp none, or start anew with a lower --lr"
-        )
+        advice = "resume from last.pt with --amp none, or start anew with a lower --lr"
+        raise UserError(f"loss {means[-1]:g} or a weight is not finite at step {step}: {advice}")
     return means
 
 
@@ -1269,9 +1263,10 @@ def train(
         state: contents of last.pt, to go on from there. The run then enters the loop in the
             middle; nothing else distinguishes it.
 
-    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: number, loss and lr of
-    the last step, steps and seconds of waiting for data since the last report. Yields at the end of
-    each epoch {"history"}: a record for each epoch so far, with accuracies if it was evaluated.
+    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: the number of steps done,
+    loss and lr of the last one, and since the last report the number of steps and the seconds of
+    waiting for data. Yields after each epoch {"history"}: a record for each epoch so far, with
+    accuracies if it was evaluated.
     Raises UserError if the loss or the weights are not finite.
     """
     num_layers = len(classifier.trunk.transformer["resblocks"])
@@ -1296,7 +1291,7 @@ def train(
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     batches = DeviceBatches(train_set, plan, process, first=step)
     micro_batches = iter(batches)
-    val_batches = eval_loader(val_set, process, plan.workers, min(64, plan.micro_batch_size))
+    val_batches = eval_loader(val_set, process, plan.workers, plan.micro_batch_size)
     about = {"model_config": classifier.config, "classes": train_set.classes, "plan": plan.fixed()}
 
     def save_last() -> None:
@@ -1328,8 +1323,7 @@ def train(
             step += 1
             if step % LOG_STEPS == 0 or step == epoch_end:
                 means = mean_losses(losses, classifier, step, process.world)
-                for mean in means:  # one by one, so that a resumed run rounds alike
-                    loss_sum += mean
+                loss_sum += sum(means)
                 speed = {"steps": len(losses), "waited": batches.waited}
                 yield {"step": step, "loss": means[-1], "lr": lr} | speed
                 losses.clear()
@@ -1382,8 +1376,7 @@ def model_config(model: str | dict) -> dict:
     config = config.get("model_cfg", config)  # the hub's files have it one level down
     if "vision_cfg" not in config:
         raise UserError(
-            f"--model {model} is not known to open_clip: give a name such as ViT-B-16 "
-            "(open_clip.list_models() has all), or an existing JSON file"
+            f"--model {model} is no JSON file and not known to open_clip, as ViT-B-16 is"
         )
     vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
     vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
@@ -1392,9 +1385,7 @@ def model_config(model: str | dict) -> dict:
         if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
             vision[key] = value
         elif value and key not in without_effect:
-            raise UserError(
-                f"--model {model} is not a plain ViT ({key}: {value}): give one such as ViT-B-16"
-            )
+            raise UserError(f"--model {model} is no plain ViT, as ViT-B-16 is: {key} {value}")
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
 
 
@@ -1408,10 +1399,8 @@ def pretrained_tag(model: str | dict, pretrained: str) -> dict:
     tag = open_clip.get_pretrained_cfg(str(model), pretrained)
     if not tag:
         tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
-        raise UserError(
-            f"--pretrained {pretrained} is neither a file nor a tag of {model}: "
-            f"give a weights file or one of {', '.join(tags)}"
-        )
+        known = f"give a weights file or one of {', '.join(tags)}"
+        raise UserError(f"--pretrained {pretrained} is no file and no tag of {model}: {known}")
     return tag
 
 
@@ -1436,11 +1425,11 @@ def read_weights(model: str | dict, pretrained: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch then advises to trust the file
-        raise UserError(
-            f"cannot load --pretrained {pretrained} ({reason}): give another file, or a tag with a "
-            "network connection"
-        ) from error
+        reason = (
+            str(error).split("\n")[0].split(". ")[0]
+        )  # torch goes on to advise weights_only=False
+        need = "give a good file, or a tag and a network connection"
+        raise UserError(f"cannot load --pretrained {pretrained} ({reason}): {need}") from error
 
 
 def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
@@ -1460,9 +1449,9 @@ def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
     if "model_config" in contents:  # a best.pt or last.pt of this program
         return contents["model_config"]["quick_gelu"]
     if not configured and "input_resolution" not in contents:  # which only OpenAI's own files have
+        known = "OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
         raise UserError(
-            f"--pretrained {pretrained} does not say its activation: give --quick-gelu for weights "
-            "of OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
+            f"activation of {pretrained} is unknown: --quick-gelu if it is from {known}"
         )
     return True
 
@@ -1482,10 +1471,8 @@ def load_weights(model: str | dict, pretrained: str) -> dict[str, Tensor]:
     prefixes = [name[: -len("conv1.weight")] for name in weights if name.endswith("conv1.weight")]
     if len(prefixes) != 1:
         names = ", ".join(list(weights)[:3])
-        raise UserError(
-            f"--pretrained {pretrained} has no vision transformer with open_clip's names, but "
-            f"{names}, ...: give open_clip's file of these weights, or its tag"
-        )
+        need = "give open_clip's file of these weights, or its tag"
+        raise UserError(f"--pretrained {pretrained} has not open_clip's names, but {names}: {need}")
     prefix = prefixes[0]
     trunk = {name[len(prefix) :]: weights[name] for name in weights if name.startswith(prefix)}
     for unused in ("proj", "ln_post.weight", "ln_post.bias"):
@@ -1509,7 +1496,7 @@ def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> 
             os.fsync(file.fileno())  # on the disk, before the name points to it
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # what the disk said, under what torch says of it
+        cause = error.__context__ or error  # the disk's error behind torch's
         raise UserError(f"cannot write {path} ({cause}): make room, or write elsewhere") from error
     finally:
         part.unlink(missing_ok=True)  # after a failure it is still there
@@ -1527,13 +1514,13 @@ def load_checkpoint(path: str | Path, format: str = "ftclip 3") -> dict:
             raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, zlib, pickle and torch each have their own
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch then advises to trust the file
+        reason = (
+            str(error).split("\n")[0].split(". ")[0]
+        )  # torch goes on to advise weights_only=False
         raise UserError(f"cannot read checkpoint {path} ({reason}): give a whole one") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != format:
-        raise UserError(
-            f"{path} has the format {found}, not {format!r}: give a file that this version wrote"
-        )
+        raise UserError(f"{path} has format {found}, not {format!r}: it is of another version")
     return state
 
 
@@ -1595,7 +1582,8 @@ def parse_flags(argv: list[str] | None = None) -> Config:
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
         else:
-            kind = str if choices else kind
+            if kind not in (int, float):
+                kind = os.path.expanduser  # of a path; any other text stays as it is
             parser.add_argument(name, type=kind, choices=choices, help=help)
     given = vars(parser.parse_args(argv))
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
@@ -1723,10 +1711,7 @@ def load_last(output: Path, plan: Plan, vision: dict, classes: list[str]) -> dic
     last = output / "last.pt"
     if not last.exists():
         if (output / "best.pt").exists():
-            raise UserError(
-                f"{output} has a best.pt but no last.pt, and a new run would overwrite it: "
-                "give another --output"
-            )
+            raise UserError(f"{output} has a best.pt, but no last.pt: give another --output")
         return None
     state = load_checkpoint(last)
     if "optimizer" not in state:
@@ -1739,9 +1724,9 @@ def load_last(output: Path, plan: Plan, vision: dict, classes: list[str]) -> dic
     if state["classes"] != classes:
         changes.append(f"{len(state['classes'])} classes → {len(classes)}, or other names")
     if changes:
+        changed = ", ".join(changes)
         raise UserError(
-            f"{last} is from another run ({', '.join(changes)}): "
-            "give its values to resume it, or another --output"
+            f"{last} is from another run: {changed}: give another --output or its flags"
         )
     return state
 
@@ -1759,10 +1744,7 @@ def run_eval(config: Config, process: Process) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what the flags say. Nothing is written before everything has been checked.
-
-    Raises UserError for what the user can correct.
-    """
+    """Do what the flags say. Nothing but the demo's images is written before all is checked."""
     config = parse_flags(argv)
     process = start_process(config)
     if config.eval:
@@ -1773,12 +1755,12 @@ def main(argv: list[str] | None = None) -> None:
     vision = model_config(model)["vision_cfg"]
     config.image_size = vision["image_size"] = config.image_size or vision["image_size"]
     name = "demo" if config.demo else f"{Path(config.model).stem}-{config.image_size}"
-    output = Path(config.output or f"runs/{name}").expanduser()
-    data = Path(config.data or (output / "data" if config.demo else "imagenet")).expanduser()
+    output = Path(config.output or f"runs/{name}")
+    data = Path(config.data or (output / "data" if config.demo else "imagenet"))
 
-    num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)
+    num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)  # of a dry run
     if config.data is not None or data.is_dir() or not config.dry_run:
-        if config.demo and not data.is_dir():
+        if config.demo and not data.is_dir() and not config.dry_run:
             if process.rank == 0:
                 draw_demo(data)
             all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
@@ -1793,10 +1775,7 @@ def main(argv: list[str] | None = None) -> None:
         views = [None] * process.world
         dist.all_gather_object(views, (step, plan.fixed()))
         if any(view != views[0] for view in views):
-            raise UserError(
-                f"the processes see different files in {data} or {output}: "
-                "put both where all of them see the same"
-            )
+            raise UserError(f"processes see different files in {data} or {output}: share both")
     torch.manual_seed(plan.seed)
     with torch.device("meta" if plan.dry_run else "cpu"):  # meta: shapes without numbers
         classifier = build_model(
