@@ -238,9 +238,10 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     if plan.batch_size > num_images:
         raise UserError(f"a batch of {plan.batch_size} is more than {num_images} images: lower it")
     if plan.batch_size != possible:
-        chain = f"{devices} device(s) x {unit // devices} image(s)"
-        tries = f"try {possible} or {possible + unit}"
-        raise UserError(f"--batch-size {plan.batch_size} is not a multiple of {chain}: {tries}")
+        raise UserError(
+            f"--batch-size {plan.batch_size} is not a multiple of {devices} device(s) x "
+            f"{unit // devices} image(s): try {possible} or {possible + unit}"
+        )
 
     # Micro-batch: the largest up to the recipe's that divides a device's share of the batch.
     per_device = plan.batch_size // devices
@@ -276,7 +277,7 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     plan.warmup_steps = min(round(plan.warmup_epochs * plan.steps_per_epoch), plan.total_steps - 1)
 
     # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps. In a shorter run
-    # it would still consist mostly of the starting weights, so it covers a third of the run at most.
+    # it would still consist mostly of the starting weights: it covers a third of the run at most.
     if plan.ema_decay is None:
         plan.ema_decay = min(recipe.ema_decay, 1 - 1 / max(2, plan.total_steps / 3))
 
@@ -510,8 +511,10 @@ def build_model(
     grid = vision["image_size"] // patch_size
     if vision["image_size"] % patch_size:
         below = max(1, grid) * patch_size
-        tries = f"try {below} or {below + patch_size}"
-        raise UserError(f"--image-size {image_size} is no multiple of patch {patch_size}: {tries}")
+        raise UserError(
+            f"--image-size {image_size} is not a multiple of the patch of {patch_size} pixels: "
+            f"try {below} or {below + patch_size}"
+        )
     if quick_gelu is None:
         quick_gelu = needs_quick_gelu(model, pretrained)
     config["quick_gelu"] = quick_gelu
@@ -649,10 +652,10 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
     near zero, its gradients say little about where the trunk should go. The cosine ends the run
     with small learning rates, so that the weights settle.
 
-    Steps count from 0. Step 0 of a warm-up has 0: it only fills AdamW's averages, as in the official
-    code. Step warmup_steps - 1 (of two or more) and step warmup_steps both have lr, the peak. From
-    total_steps on, the result is min_lr. lr and min_lr are the head's; those of a group are these
-    times its "lr_scale".
+    Steps count from 0. Step 0 of a warm-up has 0: it only fills AdamW's averages, as in the
+    official code. Step warmup_steps - 1 (of two or more) and step warmup_steps both have lr, the
+    peak. From total_steps on, the result is min_lr. lr and min_lr are the head's; those of a group
+    are these times its "lr_scale".
 
     Source: official utils.py:407-424.
     """
@@ -873,10 +876,10 @@ def random_erasing(images: Tensor, probability: float, rng: random.Random = rand
 #
 # A run must see the same images with the same noise however often it is interrupted, and on any
 # number of devices that take micro-batches of the same size. So nothing is drawn from a generator
-# whose state would have to be saved. What a loader worker draws for an image follows from (seed, epoch, index). What a
-# device draws for a micro-batch follows from (seed, step, its place in the global batch). Both use
-# one mechanism: seed the generators from a text with these numbers, then call ordinary random
-# functions.
+# whose state would have to be saved. What a loader worker draws for an image follows from (seed,
+# epoch, index). What a device draws for a micro-batch follows from (seed, step, its place in the
+# global batch). Both use one mechanism: seed the generators from a text with these numbers, then
+# call ordinary random functions.
 
 
 def seed_generators(text: str) -> None:
@@ -962,8 +965,7 @@ class FolderDataset(Dataset):
             label = self.classes.index(name)
             self.samples += [(f"{root}/{name}/{file}", label) for file in files]
         if not folders or len(self.classes) < 2:
-            few = f"{root} has the class folders {folders}, and a classifier needs two"
-            raise UserError(f"{few}; perhaps they lie one level too deep: {need}")
+            raise UserError(f"{root} has class folders {folders}, but two are needed: {need}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -1229,8 +1231,10 @@ def mean_losses(losses: list[Tensor], model: nn.Module, step: int, world: int) -
     # A finite loss can have an infinite gradient, which shows in the weights.
     norms = torch._foreach_norm(list(model.parameters()))
     if not math.isfinite(sum(means) + torch.stack(norms).sum().item()):
-        advice = "resume from last.pt with --amp none, or start anew with a lower --lr"
-        raise UserError(f"loss {means[-1]:g} or a weight is not finite at step {step}: {advice}")
+        raise UserError(
+            f"loss {means[-1]:g} or a weight is not finite at step {step}: resume from last.pt "
+            "with --amp none, or start anew with a lower --lr"
+        )
     return means
 
 
@@ -1263,9 +1267,9 @@ def train(
         state: contents of last.pt, to go on from there. The run then enters the loop in the
             middle; nothing else distinguishes it.
 
-    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: the number of steps done,
-    loss and lr of the last one, and since the last report the number of steps and the seconds of
-    waiting for data. Yields after each epoch {"history"}: a record for each epoch so far, with
+    Yields every LOG_STEPS steps {"step", "loss", "lr", "steps", "waited"}: the number of steps
+    done, loss and lr of the last one, and since the last report the number of steps and the seconds
+    of waiting for data. Yields after each epoch {"history"}: a record for each epoch so far, with
     accuracies if it was evaluated.
     Raises UserError if the loss or the weights are not finite.
     """
@@ -1376,7 +1380,7 @@ def model_config(model: str | dict) -> dict:
     config = config.get("model_cfg", config)  # the hub's files have it one level down
     if "vision_cfg" not in config:
         raise UserError(
-            f"--model {model} is no JSON file and not known to open_clip, as ViT-B-16 is"
+            f"--model {model} is neither a file nor an open_clip model such as ViT-B-16"
         )
     vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
     vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
@@ -1385,7 +1389,9 @@ def model_config(model: str | dict) -> dict:
         if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
             vision[key] = value
         elif value and key not in without_effect:
-            raise UserError(f"--model {model} is no plain ViT, as ViT-B-16 is: {key} {value}")
+            raise UserError(
+                f"--model {model} is no plain ViT such as ViT-B-16: it has {key} {value}"
+            )
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
 
 
@@ -1399,8 +1405,7 @@ def pretrained_tag(model: str | dict, pretrained: str) -> dict:
     tag = open_clip.get_pretrained_cfg(str(model), pretrained)
     if not tag:
         tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
-        known = f"give a weights file or one of {', '.join(tags)}"
-        raise UserError(f"--pretrained {pretrained} is no file and no tag of {model}: {known}")
+        raise UserError(f"--pretrained {pretrained} is no file and no tag: give one of {tags}")
     return tag
 
 
@@ -1428,8 +1433,7 @@ def read_weights(model: str | dict, pretrained: str) -> dict:
         reason = (
             str(error).split("\n")[0].split(". ")[0]
         )  # torch goes on to advise weights_only=False
-        need = "give a good file, or a tag and a network connection"
-        raise UserError(f"cannot load --pretrained {pretrained} ({reason}): {need}") from error
+        raise UserError(f"cannot load --pretrained {pretrained}: {reason}") from error
 
 
 def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
@@ -1449,9 +1453,9 @@ def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:
     if "model_config" in contents:  # a best.pt or last.pt of this program
         return contents["model_config"]["quick_gelu"]
     if not configured and "input_resolution" not in contents:  # which only OpenAI's own files have
-        known = "OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
         raise UserError(
-            f"activation of {pretrained} is unknown: --quick-gelu if it is from {known}"
+            f"--pretrained {pretrained} does not say its activation: give --quick-gelu for weights "
+            "of OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
         )
     return True
 
@@ -1471,8 +1475,10 @@ def load_weights(model: str | dict, pretrained: str) -> dict[str, Tensor]:
     prefixes = [name[: -len("conv1.weight")] for name in weights if name.endswith("conv1.weight")]
     if len(prefixes) != 1:
         names = ", ".join(list(weights)[:3])
-        need = "give open_clip's file of these weights, or its tag"
-        raise UserError(f"--pretrained {pretrained} has not open_clip's names, but {names}: {need}")
+        raise UserError(
+            f"--pretrained {pretrained} has {names} instead of open_clip's names: give open_clip's "
+            "file of these weights, or its tag"
+        )
     prefix = prefixes[0]
     trunk = {name[len(prefix) :]: weights[name] for name in weights if name.startswith(prefix)}
     for unused in ("proj", "ln_post.weight", "ln_post.bias"):
@@ -1677,8 +1683,10 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
     """Run `train`: print what it yields and write the records of the epochs to metrics.jsonl."""
     began = time.perf_counter()
     for report in reports:
+        if process.rank > 0:
+            continue
         seconds = time.perf_counter() - began
-        if process.rank == 0 and "step" in report:
+        if "step" in report:
             speed = report["steps"] / seconds
             left = timedelta(seconds=round((plan.total_steps - report["step"]) / speed))
             waiting = report["waited"] / seconds
@@ -1687,7 +1695,7 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
             if process.device.type == "cuda":
                 text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             print(f"{text}  {left} left", end="\r" if sys.stdout.isatty() else "\n", flush=True)
-        elif process.rank == 0:
+        else:
             history = report["history"]
             last = history[-1]
             text = "epoch {epoch}  train loss {train_loss:.4f}".format(**last)
@@ -1724,9 +1732,9 @@ def load_last(output: Path, plan: Plan, vision: dict, classes: list[str]) -> dic
     if state["classes"] != classes:
         changes.append(f"{len(state['classes'])} classes → {len(classes)}, or other names")
     if changes:
-        changed = ", ".join(changes)
         raise UserError(
-            f"{last} is from another run: {changed}: give another --output or its flags"
+            f"{last} is from another run ({', '.join(changes)}): "
+            "give its flags, or another --output"
         )
     return state
 
