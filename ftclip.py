@@ -439,9 +439,8 @@ class CLIPClassifier(nn.Module):
         self.trunk = trunk
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
         with torch.no_grad():
-            self.head.weight.mul_(0.001)
             self.head.bias.mul_(0.001)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -910,7 +909,7 @@ def read_image(path: str | Path) -> Tensor:
                 return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
             return TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # each decoder has its own
-        raise UserError(f"cannot read image {path} ({error}): put a good one there") from error
+        raise UserError(f"cannot read image {path} ({error}): replace it and run again") from error
 
 
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
@@ -1257,7 +1256,7 @@ def train(
     their top-1 is higher than in all epochs before. That is how the paper's numbers are chosen, on
     the images on which they are reported; the last epoch's are lower (84.7 instead of 85.7 for
     ViT-B/16). last.pt gets all that is needed to resume: weights, EMA, optimizer, scaler, step and
-    history. It is written after each epoch, and within an epoch every save_minutes.
+    history. It is written at the start, after each epoch, and every save_minutes within an epoch.
 
     It is a generator that yields what happens, and the caller prints it.
 
@@ -1304,6 +1303,8 @@ def train(
             progress = {"step": step, "history": history, "loss_sum": loss_sum}
             save_checkpoint(output / "last.pt", about | weights | progress)
 
+    if state is None:
+        save_last()  # a disk that is full or read-only shows now, not after hours
     losses = []
     saved = time.monotonic()
     for epoch in range(len(history), plan.epochs):
@@ -1347,9 +1348,9 @@ def train(
                 save_checkpoint(output / "best.pt", about | weights)
         history.append(record)
         loss_sum = 0.0
+        yield {"history": history}
         save_last()
         saved = time.monotonic()
-        yield {"history": history}
 
 
 # ------------------------------------------------------------------------------------ files
@@ -1390,7 +1391,7 @@ def model_config(model: str | dict) -> dict:
             vision[key] = value
         elif value and key not in without_effect:
             raise UserError(
-                f"--model {model} is no plain ViT such as ViT-B-16: it has {key} {value}"
+                f"--model {model} is not a plain ViT such as ViT-B-16: it has {key} {value}"
             )
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
 
@@ -1424,11 +1425,12 @@ def read_weights(model: str | dict, pretrained: str) -> dict:
         path = pretrained if is_file else open_clip.download_pretrained(tag)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        with contextlib.suppress(RuntimeError):  # it is not TorchScript, as OpenAI's own files are
-            return torch.jit.load(path, map_location="cpu").state_dict()
         # Training scripts often save their flags, an argparse.Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            try:
+                return dict(torch.load(path, map_location="cpu", weights_only=True))
+            except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
+                return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
         reason = (
             str(error).split("\n")[0].split(". ")[0]
@@ -1505,7 +1507,8 @@ def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> 
         cause = error.__context__ or error  # the disk's error behind torch's
         raise UserError(f"cannot write {path} ({cause}): make room, or write elsewhere") from error
     finally:
-        part.unlink(missing_ok=True)  # after a failure it is still there
+        with contextlib.suppress(OSError):
+            part.unlink()  # it is still there after a failure
 
 
 def load_checkpoint(path: str | Path, format: str = "ftclip 3") -> dict:
@@ -1651,10 +1654,9 @@ def print_plan(plan: Plan, process: Process, model: CLIPClassifier) -> None:
     recipe = RECIPES[plan.recipe]
     name, size = plan.recipe
     print(f"Recipe: {name} at {size} pixels, {recipe.top1} % top-1 on ImageNet-1k in the paper")
-    print(f"  {'':20} {'recipe':>10} {'this run':>10}")
+    print(f"  {'':20} {'recipe':>10} {'this run':>24}")
     for key, value in asdict(recipe).items():
-        if key != "top1":
-            print(f"  {key:20} {value!s:>10} {str(getattr(plan, key))[:10]:>10}")
+        print(f"  {key:20} {value!s:>10} {getattr(plan, key, '')!s:>24}")
     print(
         f"""Batch: {plan.num_images:,} training images, {plan.steps_per_epoch:,} steps per epoch
   {plan.batch_size} images per step = {process.world} device(s) x {plan.micro_batch_size} image(s) \
