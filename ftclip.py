@@ -78,7 +78,7 @@ class UserError(ValueError):
 #     EMA of the weights, decay 0.9998                              84.6 %  noise is averaged out
 #     learning rate decays from layer to layer, by 0.6              85.3 %  low layers are kept most
 #     fewer epochs, 50 instead of 100 (*)                           85.2 %  half of the compute
-#     weaker augmentation, without MixUp and CutMix (*)             85.7 %  images look natural
+#     weaker augmentation, without MixUp and CutMix (*)             85.7 %  one object, one label
 #     384 pixels, lr 7e-4 instead of 6e-4, patch embedding trained  86.6 %  more detail
 #
 # (*) The figure names these two changes, but not their values. Those given here follow from the
@@ -122,7 +122,7 @@ class Config:
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
     lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / its batch)
-    min_lr: float | None = None  # final lr of the head; default: as for lr
+    min_lr: float | None = None  # final lr of the head; default: recipe's, scaled as lr
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
     ema_decay: float | None = None  # 0 is off; default: recipe, less in a short run
@@ -193,15 +193,18 @@ class Plan(Config):
     warmup_steps: int = 0
 
     def fixed(self) -> dict:
-        """The values that must stay the same when a run is resumed.
+        """The values that must stay the same when a run is resumed: all but MAY_CHANGE."""
+        return {
+            name: value for name, value in asdict(self).items() if name not in MAY_CHANGE.split()
+        }
 
-        The others say where and how fast it is computed. They change its rounding at most, and with
-        another micro_batch_size the noise.
-        """
-        free = "model data output micro_batch_size accumulation workers device amp compile demo"
-        free += " grad_checkpointing save_minutes dry_run eval checkpoint"
-        values = asdict(self)
-        return {name: value for name, value in values.items() if name not in free.split()}
+
+# These say where and how fast a run is computed. They change its rounding at most, and another
+# micro_batch_size changes the noise of erasing, mixing and drop path.
+MAY_CHANGE = (
+    "model data output micro_batch_size accumulation workers device amp grad_checkpointing compile "
+    "save_minutes dry_run eval checkpoint demo"
+)
 
 
 def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) -> Plan:
@@ -229,15 +232,25 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     recipe = RECIPES[plan.recipe]
 
     # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
-    # epoch, because too few optimizer steps underfit. A default batch is rounded to a multiple of
-    # devices x micro-batch, a batch that was given must be one.
-    unit = devices * (plan.micro_batch_size or 1)
-    wanted = plan.batch_size
-    if wanted is None:
-        wanted = recipe.batch_size
-        if num_images < 32 * wanted:
-            wanted = 2 ** int(math.log2(max(1, num_images // 32)))
-    possible = max(1, wanted // unit) * unit
+    # epoch, because with too few optimizer steps the model underfits.
+    batch_size = plan.batch_size
+    if batch_size is None:
+        batch_size = recipe.batch_size
+        if num_images < 32 * batch_size:
+            batch_size = 2 ** int(math.log2(max(1, num_images // 32)))
+
+    # Micro-batches: as few as possible, and none larger than the recipe's. A default batch is
+    # rounded down to equal micro-batches on all devices. A batch that was given must divide.
+    per_device = max(1, batch_size // devices)
+    if plan.micro_batch_size is None:
+        plan.accumulation = math.ceil(per_device / recipe.micro_batch_size)
+        while plan.batch_size is not None and per_device % plan.accumulation:
+            plan.accumulation += 1
+        plan.micro_batch_size = per_device // plan.accumulation
+    else:
+        plan.accumulation = max(1, per_device // plan.micro_batch_size)
+    unit = devices * plan.micro_batch_size
+    possible = unit * plan.accumulation
     if plan.batch_size is None:
         plan.batch_size = possible
     if plan.batch_size > num_images:
@@ -245,20 +258,13 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     if plan.batch_size != possible:
         raise UserError(
             f"--batch-size {plan.batch_size} is not a multiple of {devices} device(s) x "
-            f"{unit // devices} image(s): try {possible} or {possible + unit}"
+            f"{plan.micro_batch_size} image(s): try {possible} or {possible + unit}"
         )
 
-    # Micro-batch: the largest up to the recipe's that divides a device's share of the batch.
-    per_device = plan.batch_size // devices
-    if plan.micro_batch_size is None:
-        plan.micro_batch_size = min(recipe.micro_batch_size, per_device)
-        while per_device % plan.micro_batch_size:
-            plan.micro_batch_size -= 1
-    plan.accumulation = per_device // plan.micro_batch_size
-
-    # Learning rate: AdamW divides the gradient by its own size. For small batches this size is
-    # mostly noise, which falls as 1 / sqrt(batch), so that the useful part of a step grows as
-    # sqrt(batch). The learning rate is scaled likewise (arXiv 2205.10287).
+    # Learning rate: scaled by the square root of the batch size. A smaller batch makes more steps
+    # in an epoch, as 1 / batch. AdamW divides the gradient by its own size, which for small batches
+    # is mostly noise, so the useful part of a step falls only as sqrt(batch). At the same learning
+    # rate the weights would move farther, by 1 / sqrt(batch) (arXiv 2205.10287).
     batch_scale = math.sqrt(plan.batch_size / recipe.batch_size)
     if plan.lr is None:
         plan.lr = recipe.lr * batch_scale
@@ -295,7 +301,7 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with the parameter names of nn.MultiheadAttention."""
+    """Multi-head self-attention, written out, with the names of nn.MultiheadAttention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -340,7 +346,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
+        self.mlp = nn.Sequential()  # of the three modules below, under open_clip's names
         self.mlp.c_fc = nn.Linear(width, hidden)
         self.mlp.gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.mlp.c_proj = nn.Linear(hidden, width)
@@ -488,7 +494,7 @@ def build_model(
     """A CLIP trunk with the FT-CLIP head, float32.
 
     Its attribute `config` is the configuration from which build_model makes the same model again.
-    On the meta device, no weights are loaded.
+    On the meta device no weights are loaded: a dry run only counts parameters.
 
     Args:
         model: open_clip name, path of a JSON file, or a configuration.
@@ -547,7 +553,7 @@ def build_model(
 #
 # The learning rate matters most. A large one soon overwrites the pretrained weights, and the model
 # then learns from the new images alone, as from scratch. The recipe's 6e-4 is large, but only the
-# head has it: with a layer decay of 0.6, the middle of ViT-B/16 has about 1e-5.
+# head has it: with a layer decay of 0.6, the middle of ViT-B/16 has about 2e-5.
 #
 # A short schedule is enough because little has to be learned. In the paper, a run of 100 epochs is
 # best at about half of its epochs and then overfits (Figure 2). Even the runs of 50 and 30 epochs
@@ -559,7 +565,8 @@ def layer_id(name: str, num_layers: int) -> int:
 
     For another model write such a function for its names. In timm's ViTs, for example, the blocks
     are "blocks.<i>.", norm and head are "norm.", "fc_norm." and "head.", and the embeddings are
-    "cls_token", "pos_embed", "patch_embed." and "norm_pre.".
+    "cls_token", "pos_embed", "patch_embed." and "norm_pre.". As the trunk of a CLIPClassifier, its
+    names begin with "trunk.".
 
     Raises ValueError for an unknown name. Source: official optim_factory.py:22-39.
     """
@@ -657,9 +664,9 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
     with small learning rates, so that the weights settle.
 
     Steps count from 0. Step 0 of a warm-up has 0: it only fills AdamW's averages, as in the
-    official code. Step warmup_steps - 1 (of two or more) and step warmup_steps both have lr, the
-    peak. From total_steps on, the result is min_lr. lr and min_lr are the head's; those of a group
-    are these times its "lr_scale".
+    official code. The peak comes twice: at the last step of a warm-up of two or more, and at the
+    first step of the cosine. From total_steps on, the result is min_lr. lr and min_lr are the
+    head's; those of a group are these times its "lr_scale".
 
     Source: official utils.py:407-424.
     """
@@ -711,10 +718,14 @@ class EMA:
 # ------------------------------------------------------------------------------------ augmentation
 #
 # Augmentation shows each image differently in each epoch, which keeps a large model from learning
-# the images by heart. But pretraining has seen natural images, so augmented images should still
-# look natural. RandAugment and random erasing change one image and stay in the
-# recipe. MixUp and CutMix blend two images into something that CLIP has never seen, and the final
-# recipe is without them.
+# the images by heart. RandAugment and random erasing distort an image, but it still shows one
+# object with one label, and they stay in the recipe. MixUp and CutMix blend two images and two
+# labels into something that CLIP has never seen, and the final recipe is without them.
+#
+# The way of a training image:
+#
+#     in a loader worker, uint8:  read_image, crop and resize, flip, RandAugment
+#     on the device, float32:     normalize, random_erasing, MixUp or CutMix if they are on
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels from 0 to 1: red, green, blue
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -826,7 +837,7 @@ def train_transform(
 def normalize(images: Tensor) -> Tensor:
     """uint8 images (..., 3, H, W) to float32 with CLIP_MEAN and CLIP_STD, as CLIP was trained."""
     images = images.float() / 255
-    for channel in range(3):  # Python numbers need no copy to the GPU
+    for channel in range(3):  # tensors would be copied to the GPU each time
         images[..., channel, :, :].sub_(CLIP_MEAN[channel]).div_(CLIP_STD[channel])
     return images
 
@@ -1107,7 +1118,7 @@ class DeviceBatches:
 # gradients become 0. So the GradScaler multiplies the loss by a large factor before the backward
 # pass and divides the gradients by it before the step. If they overflow, it skips the step and
 # halves the factor: the weights stay, the EMA averages the same weights once more, and the schedule
-# goes on by one step. This happens a few times at the start of a run and is no error.
+# goes on by one step. This happens a few times at the start, now and then later, and is no error.
 #
 # Batch and devices. A global batch of 2048 images does not fit into a GPU, so each device computes
 # its part in micro-batches. The losses are means, so the gradient of the batch is the mean of the
@@ -1174,7 +1185,7 @@ def train_step(
     if clip_grad > 0:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # divides the gradients by its factor, or skips the step
     scaler.update()
     return total_loss
 
@@ -1316,9 +1327,9 @@ def train(
 
     def save_last() -> None:
         if process.rank == 0:
-            weights = {name: part.state_dict() for name, part in parts.items()}
+            states = {name: part.state_dict() for name, part in parts.items()}
             progress = {"step": step, "history": history, "loss_sum": loss_sum}
-            save_checkpoint(output / "last.pt", about | weights | progress)
+            save_checkpoint(output / "last.pt", about | states | progress)
 
     if state is None:
         save_last()  # a disk that is full or read-only shows now, not after hours
@@ -1555,7 +1566,7 @@ def load_classifier(
 ) -> tuple[CLIPClassifier, list[str], Callable]:
     """A trained model for use, with the EMA weights of a best.pt or last.pt.
 
-    Copy the part "model", eval_transform, normalize and load_checkpoint with it.
+    Copy build_model and what it needs, eval_transform, normalize and load_checkpoint with it.
 
     Returns the model in evaluation mode, the class names in the order of its outputs, and the
     transform from an image of read_image or Pillow to the float32 (3, S, S) that it takes. Raises
@@ -1785,10 +1796,11 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(config.output or f"runs/{name}")
     data = Path(config.data or (output / "data" if config.demo else "imagenet"))
 
-    num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)  # of a dry run
+    # Without images, a dry run is of ImageNet or of the demo.
+    num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)
     if config.data is not None or data.is_dir() or not config.dry_run:
-        if config.demo and not data.is_dir() and not config.dry_run:
-            if process.rank == 0:
+        if config.demo and not config.dry_run:
+            if process.rank == 0 and not data.is_dir():
                 draw_demo(data)
             all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
         train_set = FolderDataset(data / "train", seed=config.seed)
@@ -1842,9 +1854,7 @@ def run() -> int:
     """main(), with a UserError as one sentence instead of a traceback. Returns the exit status."""
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return 0
+        return 0  # without destroy_process_group(), in which gloo of torch 2.6 can wait for ever
     except UserError as error:
         text = str(error)
     except torch.OutOfMemoryError:

@@ -6,8 +6,11 @@
 
 `photos` is a folder with train/<class>/*. ftclip's loader gives cropped and augmented bytes and
 leaves normalization and erasing to the device; timm's transform does both itself. Each figure is
-the median of several rounds, with the slowest and the fastest. On a GPU, `step` also tells the peak
-memory and the utilization.
+the median of several rounds, with the slowest and the fastest.
+
+`step` also times the model's matrix products alone, forward and backward, in float32 on a CPU and
+in bf16 on a GPU. That is the device's matrix rate at these shapes, and a step is compared with it,
+each in its fastest round. On a GPU it tells the peak memory.
 
 --old takes a file with the same interface. For `step`, build_model is enough.
 """
@@ -28,6 +31,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from timm.optim import param_groups_layer_decay
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
@@ -52,12 +56,14 @@ def load_module(file: str) -> ModuleType:
     return module
 
 
-def compare(runs: dict[str, Callable[[], None]], rounds: int, images: int) -> None:
+def compare(runs: dict[str, Callable[[], None]], rounds: int, images: int) -> dict[str, float]:
     """Call each in turn, in `rounds` rounds after one to warm up, and print images/s.
 
     Args:
         runs: a function for each name.
         images: number of images in one call.
+
+    Returns the images/s of each in its fastest round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
@@ -76,6 +82,7 @@ def compare(runs: dict[str, Callable[[], None]], rounds: int, images: int) -> No
     *names, last = medians
     for name in names:
         print(f"{name} is {medians[last] / medians[name]:.3f} times as fast as {last}")
+    return {name: images / min(times) for name, times in seconds.items()}
 
 
 def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
@@ -149,8 +156,46 @@ def loader(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
     compare(runs, args.rounds, batch_size * steps)
 
 
+def matrix_products(
+    model: torch.nn.Module, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], None], float]:
+    """The matrix products of all blocks of ftclip's model, forward and backward, and nothing else.
+
+    Returns a function that computes them on random numbers, and their GFLOP.
+    """
+    trunk = model.trunk
+    blocks = trunk.transformer["resblocks"]
+    heads = blocks[0].attn.heads
+    tokens, width = trunk.positional_embedding.shape
+    hidden = blocks[0].mlp.c_fc.out_features
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    pairs = []  # of matrices, or of batches of matrices, to be multiplied
+    for inputs, outputs in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
+        x = random(batch * tokens, inputs)
+        weight = random(outputs, inputs)
+        gradient = random(batch * tokens, outputs)
+        pairs += [(x, weight.T), (gradient, weight), (gradient.T, x)]
+    q, k, v, gradient = random(4, batch * heads, tokens, width // heads)
+    scores = random(batch * heads, tokens, tokens)
+    pairs += [(q, k.mT), (scores, v)]  # forward
+    pairs += [(gradient, v.mT), (scores.mT, gradient), (scores, k), (scores.mT, q)]  # backward
+    flop = sum(2 * left.numel() * right.shape[-1] for left, right in pairs)
+
+    def run() -> None:
+        for _ in blocks:
+            for left, right in pairs:
+                left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run, len(blocks) * flop / 1e9
+
+
 def step(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
-    """Forward and backward pass of one batch; then ftclip's whole step with AdamW and EMA."""
+    """Forward and backward pass of one batch; then the whole step with AdamW and EMA."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     amp_dtype = torch.bfloat16 if device.type == "cuda" else None
     torch.manual_seed(0)
@@ -172,31 +217,46 @@ def step(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
         model.zero_grad()
         synchronize()
 
-    runs = {}
+    dtype = amp_dtype or torch.float32
+    products, gflop = matrix_products(models["ftclip"], args.count, dtype, device)
+    runs = {"matrix products alone": products}
     for name, model in models.items():
         model.to(device).train()
         runs[name] = functools.partial(forward_backward, model)
-    compare(runs, args.rounds, args.count)
+    speeds = compare(runs, args.rounds, args.count)
+    rate = gflop * speeds.pop("matrix products alone") / args.count  # GFLOP/s
 
-    ours = models["ftclip"]
-    num_layers = len(ours.trunk.transformer["resblocks"])
-    groups = ftclip.param_groups(ours, num_layers, 6e-4, 0.6, 0.05)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    ema = ftclip.EMA(ours, 0.9998)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
 
-    def whole_step() -> None:
+    def whole_step(
+        model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: ftclip.EMA
+    ) -> None:
         batches = iter([(images, labels)])
-        ftclip.train_step(ours, batches, 1, optimizer, scaler, amp_dtype, 0.1)
-        ema.update(ours)
+        ftclip.train_step(model, batches, 1, optimizer, scaler, amp_dtype, 0.1)
+        ema.update(model)
         synchronize()
 
-    compare({"ftclip with AdamW and EMA": whole_step}, args.rounds, args.count)
+    runs = {}
+    for name in ("ftclip", "timm"):
+        model = models[name]
+        if name == "ftclip":
+            num_layers = len(model.trunk.transformer["resblocks"])
+            groups = ftclip.param_groups(model, num_layers, 6e-4, 0.6, 0.05)
+        else:
+            groups = param_groups_layer_decay(model, 0.05, layer_decay=0.6)
+        optimizer = torch.optim.AdamW(groups, lr=6e-4, fused=True)
+        ema = ftclip.EMA(model, 0.9998)
+        name += " with AdamW and EMA"
+        runs[name] = functools.partial(whole_step, model, optimizer, ema)
+    speeds |= compare(runs, args.rounds, args.count)
+
+    print(f"matrix rate: {rate:.0f} GFLOP/s in {dtype}, {GFLOP[args.model]} GFLOP per image")
+    for name, speed in speeds.items():
+        print(f"{name}: {GFLOP[args.model] * speed / rate:.0%} of the matrix rate")
     if device.type == "cuda":
         print(
             f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; {torch.cuda.get_device_name()}"
         )
-        print(f"utilization: {GFLOP[args.model]} GFLOP x images/s / the GPU's FLOP/s")
 
 
 def main() -> None:

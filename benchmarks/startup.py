@@ -55,8 +55,9 @@ def import_ftclip(folder: Path) -> None:
 
 def import_ftclip_and_open_clip(folder: Path) -> None:
     start()
-    import ftclip  # noqa: F401
     import open_clip  # noqa: F401
+
+    import ftclip  # noqa: F401
 
 
 def list_with_folder_dataset(folder: Path) -> None:
