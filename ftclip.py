@@ -1365,8 +1365,8 @@ def train(
                     save_last()
                     saved = time.monotonic()
 
-        head_lr = optimizer.param_groups[-1]["lr"]
-        record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch, "lr": head_lr}
+        record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch}
+        record["lr"] = optimizer.param_groups[-1]["lr"]  # of the head
         if (epoch + 1) % plan.eval_every == 0 or epoch + 1 == plan.epochs:
             models = {"raw": classifier, "ema": ema.module}
             record |= evaluate(models, val_batches, process.amp_dtype)

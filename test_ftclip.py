@@ -462,7 +462,7 @@ def test_every_plain_vit_of_open_clip_has_the_same_names_and_shapes():
         except ftclip.UserError as error:
             refused[name] = str(error)
     assert {"ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-B-32-quickgelu"} <= accepted.keys()
-    assert len(accepted) > 50 and len(refused) > 50
+    assert len(accepted) > 45 and len(refused) > 45  # 46 in open_clip 3.0, 53 in 3.3
     for name, sentence in refused.items():
         vision = open_clip.get_model_config(name)["vision_cfg"]
         # Each has a part that is not a plain ViT's.
