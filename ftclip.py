@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import glob
 import inspect
 import json
 import math
@@ -269,9 +268,7 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     if plan.lr is None:
         plan.lr = recipe.lr * batch_scale
     if plan.min_lr is None:
-        plan.min_lr = recipe.min_lr * batch_scale
-    if plan.min_lr > plan.lr:
-        raise UserError(f"--min-lr {plan.min_lr:g} is above --lr {plan.lr:g}: lower it")
+        plan.min_lr = min(recipe.min_lr * batch_scale, plan.lr)
     if plan.layer_decay is None:
         plan.layer_decay = recipe.layer_decay
 
@@ -520,10 +517,10 @@ def build_model(
     patch_size = vision["patch_size"]
     grid = vision["image_size"] // patch_size
     if vision["image_size"] % patch_size:
-        below = max(1, grid) * patch_size
+        near = max(1, grid) * patch_size
         raise UserError(
             f"--image-size {image_size} is not a multiple of the patch of {patch_size} pixels: "
-            f"try {below} or {below + patch_size}"
+            f"try {near} or {near + patch_size}"
         )
     if quick_gelu is None:
         quick_gelu = needs_quick_gelu(model, pretrained)
@@ -972,13 +969,15 @@ class FolderDataset(Dataset):
         for name in folders:
             if name not in self.classes:
                 raise UserError(f"{root} has the class {name}, which training has not: remove it")
-            files = glob.glob("**", root_dir=f"{root}/{name}", recursive=True)  # no dot files
+            files = []
+            for folder, below, names in os.walk(f"{root}/{name}", followlinks=True):
+                below[:] = [child for child in below if not child.startswith(".")]
+                files += [f"{folder}/{file}" for file in names if not file.startswith(".")]
             files = sorted(file for file in files if file.lower().endswith(IMAGE_ENDINGS))
             if not files:
                 endings = ", ".join(IMAGE_ENDINGS)
                 raise UserError(f"{root}/{name} has no file that ends in {endings}: {need}")
-            label = self.classes.index(name)
-            self.samples += [(f"{root}/{name}/{file}", label) for file in files]
+            self.samples += [(file, self.classes.index(name)) for file in files]
         if not folders or len(self.classes) < 2:
             raise UserError(f"{root} has class folders {folders}, but two are needed: {need}")
 
@@ -1516,7 +1515,10 @@ def load_weights(model: str | dict, pretrained: str) -> dict[str, Tensor]:
     return trunk
 
 
-def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> None:
+FORMAT = "ftclip 3"  # of checkpoints; another number when they change
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write tensors and plain values to a file, so that it always is the old or the new one, whole.
 
     The file is written beside and renamed when it is complete. Raises UserError if it cannot be
@@ -1527,7 +1529,7 @@ def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save(state | {"format": format}, file)
+            torch.save(state | {"format": FORMAT}, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk, before the name points to it
         os.replace(part, path)
@@ -1539,7 +1541,7 @@ def save_checkpoint(path: str | Path, state: dict, format: str = "ftclip 3") -> 
             part.unlink()  # it is still there after a failure
 
 
-def load_checkpoint(path: str | Path, format: str = "ftclip 3") -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """Read what save_checkpoint wrote, to the CPU. Only tensors and plain values are accepted.
 
     Raises UserError for a file that is missing, damaged, or not of this format.
@@ -1556,8 +1558,8 @@ def load_checkpoint(path: str | Path, format: str = "ftclip 3") -> dict:
         )  # torch goes on to advise weights_only=False
         raise UserError(f"cannot read checkpoint {path} ({reason}): give a whole one") from error
     found = state.get("format") if isinstance(state, dict) else None
-    if found != format:
-        raise UserError(f"{path} has format {found}, not {format!r}: it is of another version")
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, not {FORMAT}: it is of another version")
     return state
 
 
@@ -1734,7 +1736,7 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
                     best = max(history, key=lambda record: record.get(key, -1.0))
                     text += f"  {key} {last[key]:.2f} %"
                     text += f" (best {best[key]:.2f} in epoch {best['epoch']})"
-            print(text.ljust(100), flush=True)
+            print(text.ljust(100))
             lines = [{"plan": asdict(plan)}, *history]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (output / "metrics.jsonl").write_text(text)
@@ -1859,10 +1861,6 @@ def run() -> int:
         text = str(error)
     except torch.OutOfMemoryError:
         text = "the GPU has not enough memory: halve --micro-batch-size, the batch stays the same"
-    except RuntimeError as error:
-        if "closed by peer" not in str(error):
-            raise
-        text = "another process has ended: its message is above"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # rank 0 has most likely said the same, and torchrun now ends this process
     # After an error in a loader worker, the text is a traceback that ends with the sentence.

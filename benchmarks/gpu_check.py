@@ -68,7 +68,10 @@ def call(command: list, folder: Path, deadline: float, kill_at: str | None = Non
     Raises RuntimeError with the end of the output if the command fails or ends at another time.
     """
     log = folder / "output.txt"
-    environment = os.environ | {"NCCL_DEBUG": "VERSION"}  # NCCL then says that it is used
+    environment = os.environ | {
+        "NCCL_DEBUG": "VERSION",  # NCCL then says that it is used
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),  # empty at first
+    }
     with open(log, "w") as file:
         process = subprocess.Popen(
             [str(word) for word in command],
