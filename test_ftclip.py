@@ -1777,12 +1777,12 @@ def test_one_gpu_under_torchrun_resumes_and_evaluates(tiny, data, tmp_path):
 
 
 def test_demo_learns_from_the_command_line(tmp_path):
-    flags = f"--demo --epochs 2 --workers 1 --output {tmp_path}/demo"
+    flags = f"--demo --epochs 1 --warmup-epochs 0 --workers 1 --output {tmp_path}/demo"
     command = [sys.executable, str(SCRIPT), *flags.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path / "demo")[-1]["raw_top1"] > 50  # of four classes
+    assert metrics(tmp_path / "demo")[-1]["raw_top1"] > 45  # of four classes
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -2070,6 +2070,7 @@ def test_the_speed_benchmark_starts_small(what, data, monkeypatch, capsys):
     if what == "step" and torch.cuda.is_available():
         pytest.skip("on a GPU it is measured, not tried")
     small = [what, "--data", str(data), "--count", "1", "--rounds", "1", "--workers", "0"]
+    small += ["--blocks", "1"]
     monkeypatch.setattr(sys, "argv", ["speed.py", *small])
     monkeypatch.setattr(sys, "path", sys.path[:])
     runpy.run_path(str(HERE / "benchmarks" / "speed.py"), run_name="__main__")

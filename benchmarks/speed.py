@@ -201,10 +201,16 @@ def step(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
     torch.manual_seed(0)
     images = torch.randn(args.count, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.randint(0, 1000, (args.count,), device=device)
+    model = args.model
+    depth = {}
+    if args.blocks:
+        model = ftclip.model_config(args.model)
+        model["vision_cfg"]["layers"] = args.blocks
+        depth = {"depth": args.blocks}
     models = {}
     for name, module in modules.items():
-        models[name] = module.build_model(args.model, 1000, quick_gelu=True)
-    models["timm"] = timm.create_model(TIMM[args.model], num_classes=1000)
+        models[name] = module.build_model(model, 1000, quick_gelu=True)
+    models["timm"] = timm.create_model(TIMM[args.model], num_classes=1000, **depth)
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -269,6 +275,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(TIMM), default="ViT-B-16")
     parser.add_argument("--count", type=int, help="images per round (default: 128, for step 8)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--blocks", type=int, help="a model of fewer blocks, only to try step")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     modules = {"ftclip": ftclip}
