@@ -1315,6 +1315,7 @@ def train(
         step = state["step"]
         history = state["history"]
         loss_sum = state["loss_sum"]
+        state.clear()  # gigabytes that the run does not need any more
 
     model = torch.compile(classifier) if plan.compile else classifier
     if dist.is_initialized():
@@ -1831,6 +1832,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if process.rank == 0:
         print_plan(plan, process, classifier)
+        print(f"Output: {output}, from step {step:,}", flush=True)
     if plan.dry_run:
         return
 
@@ -1839,8 +1841,6 @@ def main(argv: list[str] | None = None) -> None:
     randaug = RandAugment(plan.randaug) if plan.randaug > 0 else None
     train_set.transform = train_transform(plan.image_size, plan.crop_scale, randaug)
     val_set.transform = functools.partial(eval_transform, image_size=plan.image_size)
-    if process.rank == 0:
-        print(f"A run in {output}, from step {step:,}", flush=True)
     try:
         reports = train(plan, process, classifier, train_set, val_set, output, state)
         print_reports(reports, plan, process, output)
