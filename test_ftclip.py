@@ -137,6 +137,7 @@ def start(argv: list[str], log: Path, **environment: str) -> int:
     status = 1
     os.setsid()
     signal.alarm(60)  # ends it if it hangs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     os.environ.update(environment)
     sys.argv = ["ftclip.py", *argv]
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
