@@ -108,7 +108,7 @@ class Config:
     """
 
     # Model and data.
-    model: str = "ViT-B-16"  # open_clip name of a plain ViT, or a JSON file that describes one
+    model: str | dict = "ViT-B-16"  # open_clip name of a plain ViT, or a JSON file with one
     pretrained: str = "openai"  # open_clip tag, weights file, or none for random weights
     quick_gelu: bool | None = None  # QuickGELU instead of GELU; default: what the weights need
     image_size: int | None = None  # side in pixels; default: the model's
@@ -1033,9 +1033,6 @@ class MicroBatches:
                 f"micro_batch_size, or it is more than {self.num_images} images"
             )
 
-    def __len__(self) -> int:
-        return len(self.steps) * (self.batch_size // self.world // self.micro_batch_size)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.num_images // self.batch_size
         per_process = self.batch_size // self.world
@@ -1588,8 +1585,9 @@ def load_classifier(
 # Here flags become a run, and what the user should know is printed.
 
 # A tiny ViT from scratch. Nothing is pretrained, so that all layers learn at one pace.
-DEMO_MODEL = {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}}
 DEMO_FLAGS = {
+    "model": {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}},
+    "output": "runs/demo",
     "pretrained": "none",
     "layer_decay": 1.0,
     "lr": 1e-3,
@@ -1702,8 +1700,8 @@ Schedule: {plan.epochs} epochs, {plan.total_steps:,} steps
     groups = param_groups(model, num_layers, plan.lr, plan.layer_decay, plan.weight_decay)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    quick_gelu = model.config["quick_gelu"]
-    print(f"Layers: {trained:,} of {total:,} parameters are trained, QuickGELU {quick_gelu}")
+    print(f"Layers: {trained:,} of {total:,} parameters are trained")
+    print(f"  activation {'QuickGELU' if model.config['quick_gelu'] else 'GELU'}")
     for layer in range(num_layers + 1, -1, -1):
         members = [group for group in groups if group["layer"] == layer]
         if members:
@@ -1742,33 +1740,40 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (output / "metrics.jsonl").write_text(text)
         began = time.perf_counter()
+    best = output / "best.pt"
+    content = "has the EMA weights of the best epoch on val" if best.exists() else "is gone"
+    if process.rank == 0:
+        print(f"Finished: {best} {content}")
 
 
-def load_last(output: Path, plan: Plan, vision: dict, classes: list[str]) -> dict | None:
+def load_last(
+    output: Path, plan: Plan, vision: dict, classes: list[str], process: Process
+) -> dict | None:
     """Contents of last.pt if the run has begun before, else None.
 
     Raises UserError if going on would mix two runs or overwrite weights.
     """
     last = output / "last.pt"
-    if not last.exists():
-        if (output / "best.pt").exists():
-            raise UserError(f"{output} has a best.pt, but no last.pt: give another --output")
-        return None
-    state = load_checkpoint(last)
-    if "optimizer" not in state:
-        raise UserError(f"{last} has weights only, from a best.pt: give another --output")
-    before = state["plan"] | state["model_config"]["vision_cfg"]
-    now = plan.fixed() | vision
-    changes = [
-        f"{key} {before.get(key)} → {now[key]}" for key in now if now[key] != before.get(key)
-    ]
-    if state["classes"] != classes:
-        changes.append(f"{len(state['classes'])} classes → {len(classes)}, or other names")
-    if changes:
-        raise UserError(
-            f"{last} is from another run ({', '.join(changes)}): "
-            "give its flags, or another --output"
-        )
+    now = plan.fixed() | vision | {"classes": classes}
+    state = None
+    if last.exists():
+        state = load_checkpoint(last)
+        if "optimizer" not in state:
+            raise UserError(f"{last} has weights only, from a best.pt: give another --output")
+        before = state["plan"] | state["model_config"]["vision_cfg"] | {"classes": state["classes"]}
+        changes = [f"{key} {before[key]} → {now[key]}" for key in now if now[key] != before[key]]
+        if changes:
+            raise UserError(
+                f"{last} is from another run ({', '.join(changes)[:300]}): "
+                "give its flags, or another --output"
+            )
+    elif (output / "best.pt").exists():
+        raise UserError(f"{output} has a best.pt, but no last.pt: give another --output")
+    if process.world > 1:
+        views = [None] * process.world
+        dist.all_gather_object(views, (now, state["step"] if state else 0))
+        if any(view != views[0] for view in views):
+            raise UserError(f"processes see different images, or another {last}: share both")
     return state
 
 
@@ -1784,6 +1789,16 @@ def run_eval(config: Config, process: Process) -> None:
         print(f"top-1 {result['model_top1']:.3f} %, top-5 {result['model_top5']:.3f} %")
 
 
+def open_folders(config: Config, data: Path, process: Process) -> tuple[Dataset, Dataset]:
+    """Training and validation images, without their transforms. Draws the demo's."""
+    if config.demo and not config.dry_run:
+        if process.rank == 0 and not data.is_dir():
+            draw_demo(data)
+        all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
+    train_set = FolderDataset(data / "train", seed=config.seed)
+    return train_set, FolderDataset(data / "val", classes=train_set.classes)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Do what the flags say. Nothing but the demo's images is written before all is checked."""
     config = parse_flags(argv)
@@ -1792,38 +1807,34 @@ def main(argv: list[str] | None = None) -> None:
         run_eval(config, process)
         return
 
-    model = DEMO_MODEL if config.demo else config.model
+    model = config.model
     vision = model_config(model)["vision_cfg"]
     config.image_size = vision["image_size"] = config.image_size or vision["image_size"]
-    name = "demo" if config.demo else f"{Path(config.model).stem}-{config.image_size}"
-    output = Path(config.output or f"runs/{name}")
+    output = Path(config.output or f"runs/{Path(model).stem}-{config.image_size}")
     data = Path(config.data or (output / "data" if config.demo else "imagenet"))
-
-    # Without images, a dry run is of ImageNet or of the demo.
-    num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)
-    if config.data is not None or data.is_dir() or not config.dry_run:
-        if config.demo and not config.dry_run:
-            if process.rank == 0 and not data.is_dir():
-                draw_demo(data)
-            all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
-        train_set = FolderDataset(data / "train", seed=config.seed)
-        val_set = FolderDataset(data / "val", classes=train_set.classes)
+    if config.dry_run and config.data is None and not data.is_dir():
+        # A dry run without images is of ImageNet or of the demo.
+        num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)
+    else:
+        train_set, val_set = open_folders(config, data, process)
         num_images, num_classes = len(train_set), len(train_set.classes)
     plan = resolve(config, vision["layers"], num_images, process.world)
 
-    state = None if plan.dry_run else load_last(output, plan, vision, train_set.classes)
-    step = 0 if state is None else state["step"]
-    if process.world > 1 and not plan.dry_run:
-        views = [None] * process.world
-        dist.all_gather_object(views, (step, plan.fixed()))
-        if any(view != views[0] for view in views):
-            raise UserError(f"processes see different files in {data} or {output}: share both")
+    state = None
+    if not plan.dry_run:
+        state = load_last(output, plan, vision, train_set.classes, process)
+    pretrained = plan.pretrained
+    step = 0
+    if state is not None:
+        step = state["step"]
+        model = state["model_config"]  # with the activation
+        pretrained = "none"  # because the state has the weights
     torch.manual_seed(plan.seed)
     with torch.device("meta" if plan.dry_run else "cpu"):  # meta: shapes without numbers
         classifier = build_model(
-            model if state is None else state["model_config"],
+            model,
             num_classes,
-            plan.pretrained if state is None else "none",  # the state has the weights
+            pretrained,
             plan.image_size,
             plan.quick_gelu,
             plan.drop_path,
@@ -1841,15 +1852,8 @@ def main(argv: list[str] | None = None) -> None:
     randaug = RandAugment(plan.randaug) if plan.randaug > 0 else None
     train_set.transform = train_transform(plan.image_size, plan.crop_scale, randaug)
     val_set.transform = functools.partial(eval_transform, image_size=plan.image_size)
-    try:
-        reports = train(plan, process, classifier, train_set, val_set, output, state)
-        print_reports(reports, plan, process, output)
-    except KeyboardInterrupt:
-        raise UserError(f"stopped: the same command resumes from {output}/last.pt") from None
-    best = output / "best.pt"
-    if process.rank == 0:
-        content = "has the EMA weights of the best epoch on val" if best.exists() else "is gone"
-        print(f"Finished: {best} {content}")
+    reports = train(plan, process, classifier, train_set, val_set, output, state)
+    print_reports(reports, plan, process, output)
 
 
 def run() -> int:
@@ -1859,6 +1863,8 @@ def run() -> int:
         return 0  # without destroy_process_group(), in which gloo of torch 2.6 can wait for ever
     except UserError as error:
         text = str(error)
+    except KeyboardInterrupt:
+        text = "stopped: the same command resumes from last.pt"
     except torch.OutOfMemoryError:
         text = "the GPU has not enough memory: halve --micro-batch-size, the batch stays the same"
     if os.environ.get("RANK", "0") != "0":

@@ -55,7 +55,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     config = ftclip.parse_flags([*flags, "--workers", "0", "--device", "cpu"])
     process = ftclip.start_process(config)
-    model = ftclip.DEMO_MODEL if config.demo else config.model
+    model = config.model
     vision = ftclip.model_config(model)["vision_cfg"]
     config.image_size = config.image_size or vision["image_size"]
 
