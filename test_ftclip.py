@@ -1751,6 +1751,41 @@ def test_a_compiled_run_follows_the_plain_one_and_resumes_bit_for_bit(
     assert difference(tmp_path / "compiled", tmp_path / "plain") < 1e-4
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mix", [None, v2.MixUp, v2.CutMix])
+def test_a_step_stays_on_the_device_and_reads_nothing_from_it(mix, checkpointing, monkeypatch):
+    """An audit of the device's lines without a GPU, on the meta device.
+
+    Its tensors have no values, so whatever would wait for a GPU to read one raises. An operation
+    on tensors of two devices raises too. Autocast and fused AdamW do not exist there.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    with torch.device("meta"):
+        model = ftclip.build_model(TINY, 5, drop_path=0.2)
+        images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+        labels = torch.zeros(4, dtype=torch.long)
+    model.trunk.grad_checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(ftclip.param_groups(model, 3, 1e-3, 0.6, 0.05))
+    ema = ftclip.EMA(model, 0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    images = ftclip.random_erasing(ftclip.normalize(images), 1.0)
+    targets = labels
+    if mix is not None:
+        images, targets = mix(num_classes=5)(images, labels)
+    batches = iter([(images, targets), (images, targets)])
+    loss = ftclip.train_step(model, batches, 2, optimizer, scaler, None, 0.1, clip_grad=1.0)
+    ema.update(model)
+    tensors = [loss, images, targets, *model.state_dict().values()]
+    tensors += [parameter.grad for parameter in model.parameters()]
+    tensors += [*ema.module.state_dict().values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.dtype for tensor in tensors} <= {torch.float32, torch.long}
+    sums = []
+    monkeypatch.setattr(ftclip, "all_sum", lambda counts: sums.append(counts) or torch.ones(1, 3))
+    ftclip.evaluate({"raw": model}, [(images, labels)] * 2)  # reads its counts once, at the end
+    assert len(sums) == 1 and sums[0].device.type == "meta"
+
+
 @needs_gpu
 @pytest.mark.parametrize("more", ["--amp none", "--amp bf16", "--amp fp16", "--amp bf16 --compile"])
 def test_gpu_training_follows_the_cpu(more, tiny, data, tmp_path):
