@@ -1756,8 +1756,8 @@ def test_a_compiled_run_follows_the_plain_one_and_resumes_bit_for_bit(
 def test_a_step_stays_on_the_device_and_reads_nothing_from_it(mix, checkpointing, monkeypatch):
     """An audit of the device's lines without a GPU, on the meta device.
 
-    Its tensors have no values, so whatever would wait for a GPU to read one raises. An operation
-    on tensors of two devices raises too. Autocast and fused AdamW do not exist there.
+    Its tensors have no values, so whatever would wait for a GPU to read one raises. Most operations
+    on tensors of two devices raise too. Autocast and fused AdamW do not exist there.
     """
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     with torch.device("meta"):
