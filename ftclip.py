@@ -253,7 +253,9 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     if plan.batch_size is None:
         plan.batch_size = possible
     if plan.batch_size > num_images:
-        raise UserError(f"a batch of {plan.batch_size} is more than {num_images} images: lower it")
+        raise UserError(
+            f"a batch of {plan.batch_size} is more than {num_images} images: lower --batch-size"
+        )
     if plan.batch_size != possible:
         raise UserError(
             f"--batch-size {plan.batch_size} is not a multiple of {devices} device(s) x "
@@ -1460,7 +1462,10 @@ def read_weights(model: str | dict, pretrained: str) -> dict:
         reason = (
             str(error).split("\n")[0].split(". ")[0]
         )  # torch goes on to advise weights_only=False
-        raise UserError(f"cannot load --pretrained {pretrained}: {reason}") from error
+        raise UserError(
+            f"cannot load --pretrained {pretrained} ({reason}): give a good file, or a tag with a "
+            "network; without both, see From scratch in README"
+        ) from error
 
 
 def needs_quick_gelu(model: str | dict, pretrained: str) -> bool:

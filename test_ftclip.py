@@ -1859,7 +1859,7 @@ MISTAKES = {  # flags → what the sentence must name
     "--data {single}": r"single/train has class folders \['ant'\], but two are needed",
     "--data {unreadable}": r"cannot read image .*ant.*\.png .*: replace it",
     "--data {newline}": r"cannot read image .*ant/a b\.png",
-    "--batch-size 49": "a batch of 49 is more than 48 images: lower it",
+    "--batch-size 49": "a batch of 49 is more than 48 images: lower ",
     "--batch-size 18": r"--batch-size 18 is not a multiple of 1 .* 4 .*: try 16 or 20",
     "--model ViT-B/16": "--model ViT-B/16 is neither a file nor an open_clip model such as ViT-B-16",
     "--model RN50": r"RN50 is not a plain ViT such as ViT-B-16: it has layers \[3, 4, 6, 3\]",
