@@ -120,7 +120,7 @@ class Config:
     warmup_epochs: float | None = None  # epochs of rising lr; default: the recipe's share
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
-    lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / its batch)
+    lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / default batch)
     min_lr: float | None = None  # final lr of the head; default: recipe's, scaled as lr
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
@@ -151,6 +151,9 @@ class Config:
     eval: bool = False  # evaluate --checkpoint on DIR/val and exit
     checkpoint: str | None = None  # best.pt or last.pt for --eval
     demo: bool = False  # train a tiny ViT on images that the script draws
+
+
+IMAGENET_IMAGES = 1_281_167  # for training
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,8 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     """Decide every number of a run: batch_size = devices * micro_batch_size * accumulation.
 
     Example: 1,500 images, one device and ViT-B/16 at 224 pixels give batch size 32, 46 steps per
-    epoch, lr 6e-4 * sqrt(32 / 2048) = 7.5e-5, 50 epochs with 10 of warm-up, and an EMA that
-    averages over 767 steps.
+    epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA that averages over 368 of 2,300 steps.
+    recipes.md has the experiments behind the rules for few images.
 
     Args:
         config: the flags; image_size must be set.
@@ -231,12 +234,11 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     recipe = RECIPES[plan.recipe]
 
     # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
-    # epoch, because with too few optimizer steps the model underfits.
-    batch_size = plan.batch_size
-    if batch_size is None:
-        batch_size = recipe.batch_size
-        if num_images < 32 * batch_size:
-            batch_size = 2 ** int(math.log2(max(1, num_images // 32)))
+    # epoch, because with too few optimizer steps the model underfits. But at least 32 images: the
+    # gradient of fewer is mostly noise, in which CLIP's features are lost.
+    largest = 2 ** int(math.log2(max(32, num_images // 32)))
+    default_batch = min(recipe.batch_size, largest, num_images)
+    batch_size = default_batch if plan.batch_size is None else plan.batch_size
 
     # Micro-batches: as few as possible, and none larger than the recipe's. A default batch is
     # rounded down to equal micro-batches on all devices. A batch that was given must divide.
@@ -262,11 +264,12 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
             f"{plan.micro_batch_size} image(s): try {possible} or {possible + unit}"
         )
 
-    # Learning rate: scaled by the square root of the batch size. A smaller batch makes more steps
-    # in an epoch, as 1 / batch. AdamW divides the gradient by its own size, which for small batches
-    # is mostly noise, so the useful part of a step falls only as sqrt(batch). At the same learning
-    # rate the weights would move farther, by 1 / sqrt(batch) (arXiv 2205.10287).
-    batch_scale = math.sqrt(plan.batch_size / recipe.batch_size)
+    # Learning rate: the recipe's, also for the smaller default batch of few images. Such a run has
+    # few steps, and with smaller ones it would end near its start. Another batch for the same
+    # images scales lr by its square root: half of it makes twice the steps, and AdamW divides the
+    # gradient by its own size, so that noise moves the weights as lr * sqrt(steps)
+    # (arXiv 2205.10287).
+    batch_scale = math.sqrt(plan.batch_size / default_batch)
     if plan.lr is None:
         plan.lr = recipe.lr * batch_scale
     if plan.min_lr is None:
@@ -286,10 +289,13 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     plan.total_steps = plan.epochs * plan.steps_per_epoch
     plan.warmup_steps = min(round(plan.warmup_epochs * plan.steps_per_epoch), plan.total_steps - 1)
 
-    # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps. In a shorter run
-    # it would still consist mostly of the starting weights: it covers a third of the run at most.
+    # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps, 16 % of the run of
+    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. With 5,000 steps its
+    # EMA would still consist mostly of the starting weights.
     if plan.ema_decay is None:
-        plan.ema_decay = min(recipe.ema_decay, 1 - 1 / max(2, plan.total_steps / 3))
+        recipe_steps = recipe.epochs * (IMAGENET_IMAGES // recipe.batch_size)
+        share = min(1.0, plan.total_steps / recipe_steps)
+        plan.ema_decay = max(0.0, 1 - (1 - recipe.ema_decay) / share)
 
     if plan.freeze_patch_embed is None:  # random weights must not be frozen
         plan.freeze_patch_embed = recipe.freeze_patch_embed and plan.pretrained != "none"
@@ -1819,7 +1825,7 @@ def main(argv: list[str] | None = None) -> None:
     data = Path(config.data or (output / "data" if config.demo else "imagenet"))
     if config.dry_run and config.data is None and not data.is_dir():
         # A dry run without images is of ImageNet or of the demo.
-        num_images, num_classes = (3000, 4) if config.demo else (1_281_167, 1000)
+        num_images, num_classes = (3000, 4) if config.demo else (IMAGENET_IMAGES, 1000)
     else:
         train_set, val_set = open_folders(config, data, process)
         num_images, num_classes = len(train_set), len(train_set.classes)

@@ -361,17 +361,19 @@ def test_what_is_not_given_follows_from_what_is():
     assert plan_of(epochs=25, warmup_epochs=1).warmup_epochs == 1
     one = plan_of(9, batch_size=8, epochs=1, warmup_epochs=0.9)
     assert (one.total_steps, one.warmup_steps) == (1, 0)  # else its only step would have lr 0
-    # With few images, the batch leaves 32 steps per epoch, and the learning rate follows it.
-    batches = {65536: 2048, 65535: 1024, 1437: 32, 1024: 32, 1023: 16, 40: 1, 5: 1}
+    # With few images, the batch leaves 32 steps per epoch or has 32 images, at the recipe's lr.
+    batches = {65536: 2048, 65535: 1024, 2048: 64, 2047: 32, 40: 32, 5: 5}
     for num_images, batch_size in batches.items():
         plan = plan_of(num_images)
-        assert plan.batch_size == batch_size
-        assert plan.lr == pytest.approx(6e-4 * math.sqrt(batch_size / 2048))
-    assert plan_of(1437).ema_decay == pytest.approx(1 - 3 / (50 * 44))  # a third of the run
+        assert (plan.batch_size, plan.lr) == (batch_size, 6e-4)
+    assert plan_of(1437, batch_size=8).lr == pytest.approx(6e-4 / 2)  # the default batch has 32
+    # The EMA's memory is the same share of the run as the recipe's 5,000 of 31,250 steps.
+    assert 1 / (1 - plan_of(1437).ema_decay) == pytest.approx(5000 / 31250 * 50 * 44)
+    assert plan_of(9, epochs=1, warmup_epochs=0).ema_decay == 0  # a run of one step
     assert plan_of(1437, ema_decay=0.9).ema_decay == 0.9
     assert plan_of(1437, micro_batch_size=24).batch_size == 24
     assert plan_of(devices=6).batch_size == 2040  # each device has as many images
-    assert plan_of(40, devices=8).batch_size == 8
+    assert plan_of(40, devices=8).batch_size == 32
     assert plan_of(devices=8).accumulation == 1
     assert plan_of(micro_batch_size=64).accumulation == 32
     assert plan_of(image_size=320).recipe == ("ViT-B-16", 384)
@@ -1421,7 +1423,7 @@ def test_a_run_leaves_what_readme_says(reference, data):
         assert {"train_loss", "lr", "raw_top1", "raw_top5", "ema_top1", "ema_top5"} < record.keys()
         assert record["images"] == 13
     assert records[0]["lr"] == 1e-3
-    assert records[-1]["lr"] == ftclip.lr_at(8, 9, 3, 1e-3, 1e-6 * math.sqrt(16 / 2048))
+    assert records[-1]["lr"] == ftclip.lr_at(8, 9, 3, 1e-3, 1e-6 * math.sqrt(16 / 32))
     model, classes, transform = ftclip.load_classifier(reference / "best.pt")
     transform = pickle.loads(pickle.dumps(transform))  # a dataset that has it must be picklable
     assert classes == CLASSES and not model.training
