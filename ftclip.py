@@ -121,7 +121,7 @@ class Config:
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
     lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / default batch)
-    min_lr: float | None = None  # final lr of the head; default: recipe's, scaled as lr
+    min_lr: float | None = None  # final lr of the head; default: recipe's
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
     ema_decay: float | None = None  # 0 is off; default: recipe, less in a short run
@@ -269,11 +269,10 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     # images scales lr by its square root: half of it makes twice the steps, and AdamW divides the
     # gradient by its own size, so that noise moves the weights as lr * sqrt(steps)
     # (arXiv 2205.10287).
-    batch_scale = math.sqrt(plan.batch_size / default_batch)
     if plan.lr is None:
-        plan.lr = recipe.lr * batch_scale
+        plan.lr = recipe.lr * math.sqrt(plan.batch_size / default_batch)
     if plan.min_lr is None:
-        plan.min_lr = min(recipe.min_lr * batch_scale, plan.lr)
+        plan.min_lr = min(recipe.min_lr, plan.lr)
     if plan.layer_decay is None:
         plan.layer_decay = recipe.layer_decay
 
@@ -1465,9 +1464,7 @@ def read_weights(model: str | dict, pretrained: str) -> dict:
             except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
                 return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
-        reason = (
-            str(error).split("\n")[0].split(". ")[0]
-        )  # torch goes on to advise weights_only=False
+        reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
         raise UserError(
             f"cannot load --pretrained {pretrained} ({reason}): give a good file, or a tag with a "
             "network; without both, see From scratch in README"
@@ -1562,9 +1559,7 @@ def load_checkpoint(path: str | Path) -> dict:
             raise zipfile.BadZipFile(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, zlib, pickle and torch each have their own
-        reason = (
-            str(error).split("\n")[0].split(". ")[0]
-        )  # torch goes on to advise weights_only=False
+        reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
         raise UserError(f"cannot read checkpoint {path} ({reason}): give a whole one") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
