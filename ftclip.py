@@ -92,8 +92,8 @@ class UserError(ValueError):
 # after one epoch the raw weights have 52 % top-1 and the EMA 20 %, after ten both have 82 %, and
 # the EMA is best after thirty of the fifty epochs, with 85.7 %.
 #
-# On other data with fewer images, `resolve` makes the batch smaller and the EMA shorter. The first
-# things to try there are another learning rate and weaker augmentation.
+# With fewer images, `resolve` makes the batch smaller, the EMA shorter and, below about 350 images,
+# the run longer. The first things to try there are more epochs and another learning rate.
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -116,12 +116,12 @@ class Config:
     output: str | None = None  # folder for the run's files; default: runs/MODEL-SIZE
 
     # Optimization.
-    epochs: int | None = None  # passes over the training images; default: recipe
+    epochs: int | None = None  # passes over the images; default: recipe, or more for 500 steps
     warmup_epochs: float | None = None  # epochs of rising lr; default: the recipe's share
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
     lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / default batch)
-    min_lr: float | None = None  # final lr of the head; default: recipe's
+    min_lr: float = 1e-6  # final lr of the head
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
     ema_decay: float | None = None  # 0 is off; default: recipe, less in a short run
@@ -141,7 +141,7 @@ class Config:
     # The run.
     seed: int = 0  # seed of everything random
     eval_every: int = 1  # epochs between evaluations; the last epoch has one
-    save_minutes: float = 10.0  # minutes between saves of last.pt within an epoch
+    save_minutes: float = 10.0  # minutes between saves of last.pt; after an epoch, a tenth
     workers: int | None = None  # loader processes per device; default: cores / devices
     device: Literal["cuda", "cpu"] | None = None  # default: cuda if there is a GPU
     amp: Literal["bf16", "fp16", "none"] | None = None  # autocast; default: by the device
@@ -158,7 +158,7 @@ IMAGENET_IMAGES = 1_281_167  # for training
 
 @dataclass(frozen=True)
 class Recipe:
-    """One of the paper's four runs. lr and min_lr are the head's, for this batch size."""
+    """One of the paper's four runs. lr is the head's, for this batch size."""
 
     lr: float
     layer_decay: float
@@ -168,7 +168,6 @@ class Recipe:
     micro_batch_size: int
     freeze_patch_embed: bool
     top1: float  # per cent on ImageNet-1k, from the paper
-    min_lr: float = 1e-6
     ema_decay: float = 0.9998
 
 
@@ -271,20 +270,19 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
     # (arXiv 2205.10287).
     if plan.lr is None:
         plan.lr = recipe.lr * math.sqrt(plan.batch_size / default_batch)
-    if plan.min_lr is None:
-        plan.min_lr = min(recipe.min_lr, plan.lr)
     if plan.layer_decay is None:
         plan.layer_decay = recipe.layer_decay
 
-    # Schedule: warm-up keeps its share of the epochs. Images that do not fill a batch are dropped,
-    # different ones in each epoch (official run_class_finetuning.py:431).
+    # Schedule: the recipe's epochs, but at least 500 steps, and warm-up keeps its share of them.
+    # Images that do not fill a batch are dropped, different ones in each epoch (official
+    # run_class_finetuning.py:431).
+    plan.steps_per_epoch = num_images // plan.batch_size
     if plan.epochs is None:
-        plan.epochs = recipe.epochs
+        plan.epochs = max(recipe.epochs, math.ceil(500 / plan.steps_per_epoch))
     if plan.warmup_epochs is None:
         plan.warmup_epochs = recipe.warmup_epochs * plan.epochs / recipe.epochs
     if plan.warmup_epochs >= plan.epochs:
         raise UserError(f"--warmup-epochs {plan.warmup_epochs:g} leaves no epoch: lower it")
-    plan.steps_per_epoch = num_images // plan.batch_size
     plan.total_steps = plan.epochs * plan.steps_per_epoch
     plan.warmup_steps = min(round(plan.warmup_epochs * plan.steps_per_epoch), plan.total_steps - 1)
 
@@ -966,6 +964,7 @@ class FolderDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.samples = []  # (path, label)
+        self.left_out = 0  # files that are no images by their name
         need = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/"
         try:
             folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -980,11 +979,12 @@ class FolderDataset(Dataset):
             for folder, below, names in os.walk(f"{root}/{name}", followlinks=True):
                 below[:] = [child for child in below if not child.startswith(".")]
                 files += [f"{folder}/{file}" for file in names if not file.startswith(".")]
-            files = sorted(file for file in files if file.lower().endswith(IMAGE_ENDINGS))
-            if not files:
+            images = sorted(file for file in files if file.lower().endswith(IMAGE_ENDINGS))
+            if not images:
                 endings = ", ".join(IMAGE_ENDINGS)
                 raise UserError(f"{root}/{name} has no file that ends in {endings}: {need}")
-            self.samples += [(file, self.classes.index(name)) for file in files]
+            self.samples += [(file, self.classes.index(name)) for file in images]
+            self.left_out += len(files) - len(images)
         if not folders or len(self.classes) < 2:
             raise UserError(f"{root} has class folders {folders}, but two are needed: {need}")
 
@@ -1287,7 +1287,8 @@ def train(
     their top-1 is higher than in all epochs before. That is how the paper's numbers are chosen, on
     the images on which they are reported; the last epoch's are lower (84.7 instead of 85.7 for
     ViT-B/16). last.pt gets all that is needed to resume: weights, EMA, optimizer, scaler, step and
-    history. It is written at the start, after each epoch, and every save_minutes within an epoch.
+    history. It is written at the start and at the end, every save_minutes within an epoch, and
+    after an epoch if a tenth of that has passed since the last time.
 
     It is a generator that yields what happens, and the caller prints it.
 
@@ -1330,15 +1331,17 @@ def train(
     about = {"model_config": classifier.config, "classes": train_set.classes, "plan": plan.fixed()}
 
     def save_last() -> None:
+        nonlocal saved
+        saved = time.monotonic()
         if process.rank == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
             progress = {"step": step, "history": history, "loss_sum": loss_sum}
             save_checkpoint(output / "last.pt", about | states | progress)
 
+    saved = time.monotonic()
     if state is None:
         save_last()  # a disk that is full or read-only shows now, not after hours
     losses = []
-    saved = time.monotonic()
     for epoch in range(len(history), plan.epochs):
         epoch_end = (epoch + 1) * plan.steps_per_epoch
         while step < epoch_end:
@@ -1365,9 +1368,8 @@ def train(
                 yield {"step": step, "loss": means[-1], "lr": lr} | speed
                 losses.clear()
                 batches.waited = 0.0
-                if time.monotonic() - saved >= 60 * plan.save_minutes and step < epoch_end:
+                if time.monotonic() - saved >= 60 * plan.save_minutes:
                     save_last()
-                    saved = time.monotonic()
 
         record = {"epoch": epoch + 1, "train_loss": loss_sum / plan.steps_per_epoch}
         record["lr"] = optimizer.param_groups[-1]["lr"]  # of the head
@@ -1381,8 +1383,9 @@ def train(
         history.append(record)
         loss_sum = 0.0
         yield {"history": history}
-        save_last()
-        saved = time.monotonic()
+        # Epochs of few images are shorter than the writing of gigabytes.
+        if time.monotonic() - saved >= 6 * plan.save_minutes or step == plan.total_steps:
+            save_last()
 
 
 # ------------------------------------------------------------------------------------ files
@@ -1705,8 +1708,7 @@ Schedule: {plan.epochs} epochs, {plan.total_steps:,} steps
     num_layers = len(model.trunk.transformer["resblocks"])
     groups = param_groups(model, num_layers, plan.lr, plan.layer_decay, plan.weight_decay)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    print(f"Layers: {trained:,} of {total:,} parameters are trained")
+    print(f"Layers: {trained:,} parameters are trained")
     print(f"  activation {'QuickGELU' if model.config['quick_gelu'] else 'GELU'}")
     for layer in range(num_layers + 1, -1, -1):
         members = [group for group in groups if group["layer"] == layer]
@@ -1802,6 +1804,8 @@ def open_folders(config: Config, data: Path, process: Process) -> tuple[Dataset,
             draw_demo(data)
         all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
     train_set = FolderDataset(data / "train", seed=config.seed)
+    if train_set.left_out and process.rank == 0:
+        print(f"Left out: {train_set.left_out} files for training that do not end in .jpg or such")
     return train_set, FolderDataset(data / "val", classes=train_set.classes)
 
 
@@ -1876,7 +1880,7 @@ def run() -> int:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # rank 0 has most likely said the same, and torchrun now ends this process
     # After an error in a loader worker, the text is a traceback that ends with the sentence.
-    text = text.split("UserError: ")[-1].rstrip().replace("\n", " ")
+    text = text.split("UserError: ")[-1].replace("\n", " ")
     print(f"ftclip: {text}", file=sys.stderr)
     return 2
 

@@ -38,7 +38,8 @@ SWEEPS = {
     "layer decay": ("", (2e-4, 6e-4, 1.2e-3)),
     "plain AdamW": (PLAIN, (3e-5, 1e-4, 3e-4)),
 }
-# name: (flags, the sweep that chose the learning rate, its factor, which weights count)
+# name: (flags, the sweep that chose the learning rate, its factor, which weights count).
+# Without a sweep, neither the learning rate nor the epochs are given.
 STEPS = {
     "the usual setting": (f"--layer-decay 1 {LONG}", "one lr", 3.0, "raw"),
     "reduce lr": (f"--layer-decay 1 {LONG}", "one lr", 1.0, "raw"),
@@ -49,6 +50,7 @@ STEPS = {
     "resolution × 1.5": ("--no-freeze-patch-embed", "layer decay", 1.0, "ema"),
 }
 OTHERS = {
+    "the bare default": ("", None, 1.0, "ema"),
     "the recipe, raw weights": ("", "layer decay", 1.0, "raw"),
     "the recipe, crop and flip only": (
         "--randaug 0 --random-erasing 0",
@@ -64,7 +66,7 @@ def few_images(data: Path, few: Path, per_class: int, seed: int) -> None:
     """Link per_class training images of each class, and all of val, in few."""
     for folder in sorted((data / "train").iterdir()):
         (few / "train" / folder.name).mkdir(parents=True, exist_ok=True)
-        files = sorted(folder.iterdir())
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
         for file in random.Random(f"{seed}/{folder.name}").sample(files, per_class):
             link = few / "train" / folder.name / file.name
             if not link.exists():
@@ -176,10 +178,11 @@ def main() -> None:
     pool = ThreadPoolExecutor(args.jobs)
     runs: dict[tuple[str, int], Future] = {}  # rows with the same flags share a run
 
-    def submit(flags: str, lr: float, seed: int) -> Future:
-        flags = f"{flags} --lr {lr:g}"
-        if "--epochs" not in flags:
+    def submit(flags: str, lr: float | None, seed: int) -> Future:
+        if lr and "--epochs" not in flags:
             flags = f"--epochs {EPOCHS} {flags}"
+        if lr:
+            flags = f"{flags} --lr {lr:g}"
         size = args.image_size * 3 // 2 if "--no-freeze" in flags else args.image_size
         flags = f"{' '.join(flags.split())} --image-size {size}"
         if (flags, seed) not in runs:
@@ -200,14 +203,15 @@ def main() -> None:
         text = ", ".join(f"{lr:g} {score:.1f} %" for lr, score in scores.items())
         print(f"lr, {name}: {text}: {chosen[name]:g} is taken", flush=True)
 
-    counts = sorted({0, 1, *range(2, args.blocks, 2)})
+    counts = (0, 1, 2, 4, 6, 9)  # and all
     partial = {k: (f"--train-blocks {k}", "layer decay", 1.0, "ema") for k in counts}
     partial[args.blocks] = STEPS["weaken augmentations"]
     futures = {}
     for seed in range(1, args.seeds + 1):
         for table in (STEPS, OTHERS, partial):
             for name, (flags, sweep, factor, weights) in table.items():
-                future = submit(flags, factor * chosen[sweep], seed)
+                lr = factor * chosen[sweep] if sweep else None
+                future = submit(flags, lr, seed)
                 futures.setdefault(name, []).append((future, weights))
     results = {}
     seconds = {}
