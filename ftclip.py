@@ -92,8 +92,8 @@ class UserError(ValueError):
 # after one epoch the raw weights have 52 % top-1 and the EMA 20 %, after ten both have 82 %, and
 # the EMA is best after thirty of the fifty epochs, with 85.7 %.
 #
-# With fewer images, `resolve` makes the batch smaller, the EMA shorter and, below about 350 images,
-# the run longer. The first things to try there are more epochs and another learning rate.
+# With fewer images, `resolve` makes the batch smaller, the EMA shorter and, below 320 images, the
+# run longer. The first things to try there are more epochs and another learning rate.
 
 # ------------------------------------------------------------------------------------ configuration
 

@@ -367,6 +367,7 @@ def test_what_is_not_given_follows_from_what_is():
         plan = plan_of(num_images)
         assert (plan.batch_size, plan.lr) == (batch_size, 6e-4)
     assert plan_of(1437, batch_size=8).lr == pytest.approx(6e-4 / 2)  # the default batch has 32
+    assert [plan_of(n).epochs for n in (5, 100, 320, 1437)] == [500, 167, 50, 50]  # 500 steps
     # The EMA's memory is the same share of the run as the recipe's 5,000 of 31,250 steps.
     assert 1 / (1 - plan_of(1437).ema_decay) == pytest.approx(5000 / 31250 * 50 * 44)
     assert plan_of(9, epochs=1, warmup_epochs=0).ema_decay == 0  # a run of one step
