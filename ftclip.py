@@ -120,7 +120,7 @@ class Config:
     warmup_epochs: float | None = None  # epochs of rising lr; default: the recipe's share
     batch_size: int | None = None  # images per step on all devices; default: recipe, or fewer
     micro_batch_size: int | None = None  # images on a device at once; lower it to save memory
-    lr: float | None = None  # peak lr of the head; default: recipe's x sqrt(batch / default batch)
+    lr: float | None = None  # peak lr of the head; default: recipe's, less for a smaller batch
     min_lr: float = 1e-6  # final lr of the head
     layer_decay: float | None = None  # lr of a layer / lr of the layer above; default: recipe
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
@@ -264,12 +264,11 @@ def resolve(config: Config, num_layers: int, num_images: int, devices: int = 1) 
         )
 
     # Learning rate: the recipe's, also for the smaller default batch of few images. Such a run has
-    # few steps, and with smaller ones it would end near its start. Another batch for the same
-    # images scales lr by its square root: half of it makes twice the steps, and AdamW divides the
-    # gradient by its own size, so that noise moves the weights as lr * sqrt(steps)
-    # (arXiv 2205.10287).
+    # few steps, and with a smaller lr it would end near its start. A batch below the default
+    # scales lr by its square root: half of it makes twice the steps, and AdamW divides the gradient
+    # by its own size, so that noise moves the weights as lr * sqrt(steps) (arXiv 2205.10287).
     if plan.lr is None:
-        plan.lr = recipe.lr * math.sqrt(plan.batch_size / default_batch)
+        plan.lr = recipe.lr * math.sqrt(min(1.0, plan.batch_size / default_batch))
     if plan.layer_decay is None:
         plan.layer_decay = recipe.layer_decay
 
@@ -676,7 +675,7 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
         return min_lr
     if step < warmup_steps:
         last = max(1, warmup_steps - 1)
-        return lr * min(step, last) / last
+        return lr * step / last
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * progress))
 
