@@ -710,8 +710,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Call it after each optimizer step, not after each micro-batch."""
-        averages = list(self.module.parameters())
-        torch._foreach_lerp_(averages, list(model.parameters()), 1 - self.decay)  # in few kernels
+        averages = self.module.parameters()
+        torch._foreach_lerp_([*averages], [*model.parameters()], 1 - self.decay)  # in few kernels
         for average, buffer in zip(self.module.buffers(), model.buffers()):
             average.copy_(buffer)  # CLIP has none; those of batch norm are averages already
 
@@ -982,7 +982,8 @@ class FolderDataset(Dataset):
             if not images:
                 endings = ", ".join(IMAGE_ENDINGS)
                 raise UserError(f"{root}/{name} has no file that ends in {endings}: {need}")
-            self.samples += [(file, self.classes.index(name)) for file in images]
+            label = self.classes.index(name)
+            self.samples += [(file, label) for file in images]
             self.left_out += len(files) - len(images)
         if not folders or len(self.classes) < 2:
             raise UserError(f"{root} has class folders {folders}, but two are needed: {need}")
@@ -1743,8 +1744,7 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
                     text += f"  {key} {last[key]:.2f} %"
                     text += f" (best {best[key]:.2f} in epoch {best['epoch']})"
             print(text.ljust(100))
-            lines = [{"plan": asdict(plan)}, *history]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            text = "".join(json.dumps(line) + "\n" for line in [{"plan": asdict(plan)}, *history])
             (output / "metrics.jsonl").write_text(text)
         began = time.perf_counter()
     best = output / "best.pt"
