@@ -674,8 +674,7 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
     if step >= total_steps:
         return min_lr
     if step < warmup_steps:
-        last = max(1, warmup_steps - 1)
-        return lr * step / last
+        return lr * step / max(1, warmup_steps - 1)
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (lr - min_lr) / 2 * (1 + math.cos(math.pi * progress))
 
@@ -1284,7 +1283,7 @@ def train(
 
     Each step sets the learning rate of each group, makes a train_step and updates the EMA. After
     each epoch the raw and the EMA weights are evaluated. best.pt gets the EMA weights whenever
-    their top-1 is higher than in all epochs before. That is how the paper's numbers are chosen, on
+    their top-1 is the highest so far or equals it. That is how the paper's numbers are chosen, on
     the images on which they are reported; the last epoch's are lower (84.7 instead of 85.7 for
     ViT-B/16). last.pt gets all that is needed to resume: weights, EMA, optimizer, scaler, step and
     history. It is written at the start and at the end, every save_minutes within an epoch, and
@@ -1377,7 +1376,7 @@ def train(
             models = {"raw": classifier, "ema": ema.module}
             record |= evaluate(models, val_batches, process.amp_dtype)
             past = [other.get("ema_top1", -1.0) for other in history]
-            if process.rank == 0 and record["ema_top1"] > max(past, default=-1.0):
+            if process.rank == 0 and record["ema_top1"] >= max(past, default=-1.0):
                 weights = {"ema": ema.module.state_dict(), "record": record}
                 save_checkpoint(output / "best.pt", about | weights)
         history.append(record)
@@ -1740,7 +1739,7 @@ def print_reports(reports: Iterator[dict], plan: Plan, process: Process, output:
             text = "epoch {epoch}  train loss {train_loss:.4f}".format(**last)
             if "ema_top1" in last:
                 for key in ("raw_top1", "ema_top1"):
-                    best = max(history, key=lambda record: record.get(key, -1.0))
+                    best = max(reversed(history), key=lambda record: record.get(key, -1.0))
                     text += f"  {key} {last[key]:.2f} %"
                     text += f" (best {best[key]:.2f} in epoch {best['epoch']})"
             print(text.ljust(100))
