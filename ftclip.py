@@ -1382,7 +1382,8 @@ def train(
         history.append(record)
         loss_sum = 0.0
         yield {"history": history}
-        # Epochs of few images are shorter than the writing of gigabytes.
+        # Not after each epoch: with few images, it is shorter than the writing of gigabytes. These
+        # seconds are a tenth of save_minutes.
         if time.monotonic() - saved >= 6 * plan.save_minutes or step == plan.total_steps:
             save_last()
 
