@@ -17,17 +17,24 @@ last.pt (to resume), best.pt (to use) and metrics.jsonl to --output. The same co
 
 Read from top to bottom. The parts "in short", "recipe", "model", "optimization", "augmentation",
 "data" and "training" are all of FT-CLIP. The last part, "the program", turns flags into a run. To
-use a piece elsewhere, copy it with the imports and UserError, and with what stands beside it:
+use a piece elsewhere, copy it with the imports, UserError, and what stands beside it:
 
-    param_groups                    layer_id, or a function of your own for another model
-    CLIPClassifier, lr_at, EMA, train_step, random_erasing, RandAugment, train_transform, normalize
-    eval_transform                  to_rgb, normalize, CLIP_MEAN, CLIP_STD
-    evaluate                        all_sum
-    read_image                      to_rgb
-    FolderDataset                   to_rgb, read_image, seed_generators, IMAGE_ENDINGS
-    build_model                     the part "model", model_config, read_weights
-    save_checkpoint                 rank_and_world, FORMAT
-    load_classifier                 all that build_model and eval_transform need, load_checkpoint
+    lr_at, EMA, train_step            nothing more
+    CLIPClassifier                    nothing more
+    RandAugment, train_transform      nothing more
+    random_erasing                    nothing more
+    param_groups                      layer_id, or a function like it for the names of your model
+    normalize                         CLIP_MEAN, CLIP_STD
+    eval_transform                    to_rgb, normalize
+    read_image                        to_rgb
+    FolderDataset                     read_image, seed_generators, IMAGE_ENDINGS
+    evaluate                          all_sum
+    build_model                       the part "model", model_config, read_weights
+    save_checkpoint                   rank_and_world, FORMAT
+    load_checkpoint                   FORMAT
+    load_classifier                   build_model, eval_transform, load_checkpoint
+
+What stands beside a piece may need more, which its own row says.
 
 "Official" means the paper's own code, github.com/LightDXY/FT-CLIP at commit 3f9cefa.
 """
@@ -519,7 +526,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA decay {decay} is not at least 0 and less than 1")
+            raise UserError(f"EMA decay {decay} is not at least 0 and less than 1")
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -1314,13 +1321,13 @@ def model_config(model: str | dict) -> dict:
     `model` is an open_clip name, the path of a JSON file as open_clip and its hub have them, or the
     contents of such a file. Raises UserError for an unknown model, or one that is no plain ViT.
     """
-    import open_clip  # not at the top: it takes seconds, for which --help need not wait
-
     config = model
     try:
         if os.path.isfile(str(model)):
             config = json.loads(Path(model).read_text())
         elif isinstance(model, str):
+            import open_clip  # not at the top: it takes seconds, and not each use needs it
+
             config = open_clip.get_model_config(model)
     except Exception as error:  # of JSON, or one of many of the hub
         raise UserError(f"cannot read --model {model} ({error})") from error
