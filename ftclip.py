@@ -10,7 +10,7 @@ enough. The only new parameters are a LayerNorm and a linear head.
     python ftclip.py --model ViT-B-16                             # the same recipe on one GPU
     python ftclip.py --model ViT-L-14 --image-size 336 --dry-run  # print the plan, write nothing
     python ftclip.py --data flowers                               # a folder of your own
-    python ftclip.py --eval --checkpoint runs/ViT-B-16-224/best.pt
+    python ftclip.py --eval runs/ViT-B-16-224/best.pt
 
 Put images into folders as in ImageNet: DIR/train/<class>/* and DIR/val/<class>/*. A run writes
 last.pt (to resume), best.pt (to use) and metrics.jsonl to --output. The same command resumes it.
@@ -155,7 +155,7 @@ class Recipe:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last images of an epoch that fill no batch are left out, in each epoch other ones."""
+        """Images that do not fill a last batch are left out. Each epoch leaves out others."""
         return self.num_images // self.batch_size  # official run_class_finetuning.py:431
 
     @property
@@ -214,7 +214,7 @@ class QuickGELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702  # silu(y) = y * sigmoid(y) keeps one tensor for backward
+        return F.silu(1.702 * x) / 1.702  # silu(y) is y * sigmoid(y), and keeps only y for backward
 
 
 class Block(nn.Module):
@@ -374,10 +374,12 @@ def freeze(
 ) -> None:
     """Choose what is trained. The new norm and the head always are.
 
-    A number of `train_blocks` trains the last blocks only and freezes the embeddings too. 0 is
-    linear probing. In the paper, half of the blocks is nearly as good as all (Figure 3). None
-    trains everything, and so does a number that reaches the first block. The patch embedding conv1
-    is frozen at 224 pixels, where it sees what it saw in pretraining.
+    train_blocks: None trains the whole trunk. A number trains that many of the last blocks and
+    freezes the embeddings. 0 is linear probing, and in the paper, half of the blocks is nearly as
+    good as all (Figure 3). A number of all blocks or more is the same as None.
+
+    freeze_patch_embed: conv1 stays as it is. The paper freezes it at 224 pixels, where it sees what
+    it saw in pretraining, and trains it at larger sizes.
     """
     blocks = model.trunk.transformer["resblocks"]
     if train_blocks is not None and train_blocks < len(blocks):
@@ -714,12 +716,15 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------ data
 #
-# A run must see the same images with the same noise however often it is interrupted, and on any
-# number of devices that take micro-batches of the same size. So nothing is drawn from a generator
-# whose state would have to be saved. What a loader worker draws for an image follows from (seed,
-# epoch, index). What a device draws for a micro-batch follows from (seed, step, place of the
-# micro-batch in the global batch). Both use one mechanism: seed the generators from a text with
-# these numbers, then call ordinary random functions.
+# A run must see the same images with the same noise, however often it is interrupted, and on any
+# number of devices. So nothing is drawn from a generator whose state would have to be saved. The
+# generators are seeded from a text, and then ordinary random functions are called:
+#
+#     "sample SEED EPOCH INDEX"   in a loader worker, before it crops, flips and recolours an image
+#     "device SEED STEP PLACE"    on a device, before it erases and mixes a micro-batch
+#
+# PLACE is the number of the micro-batch in the global batch. A data set takes the key (epoch,
+# index) and gives (image, label), as FolderDataset in the program does.
 
 
 def seed_generators(text: str) -> None:
@@ -729,88 +734,6 @@ def seed_generators(text: str) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks each kind of device
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Read an image file as RGB, uint8 (3, H, W), whatever its own mode and format are.
-
-    torchvision decodes JPEGs twice as fast as Pillow. Pillow reads everything else, and JPEGs too
-    if torchvision has no decoder: it has announced to remove it. EXIF rotation is ignored, as in
-    the official code. Raises UserError, which names the file, if it is damaged.
-    """
-    try:
-        with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decoder
-            return torchvision.io.decode_jpeg(torchvision.io.read_file(str(path)), "RGB")
-        with Image.open(path) as file:
-            return to_rgb(file)
-    except Exception as error:  # each decoder has its own
-        raise UserError(f"cannot read image {path} ({error}): replace it and run again") from error
-
-
-IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-
-
-class FolderDataset(Dataset):
-    """Images in ROOT/<class>/*, at any depth below the class, as torchvision lists them.
-
-    The key (epoch, index) gives a training sample. Its randomness follows from (seed, epoch, index)
-    alone, so it is the same in any process, worker and restart. The key index gives an image for
-    evaluation. Both return (transform(image), label), where `transform` takes uint8 (3, H, W).
-
-    What begins with a dot is left out, because systems and notebooks put copies there. `left_out`
-    lists the other files that are no images by the ending of their name. For validation, `classes`
-    are those of training, so that labels are the same. A class may then have no images. Raises
-    UserError or an OSError for folders that cannot be used in this way.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        transform: Callable | None = None,
-        seed: int = 0,
-        classes: list[str] | None = None,
-    ) -> None:
-        self.root = str(root)
-        self.transform = transform
-        self.seed = seed
-        self.left_out = []
-        found = [name for name in find_classes(root)[0] if not name.startswith(".")]
-        self.classes = found if classes is None else classes
-        new = sorted(set(found) - set(self.classes))
-        if new:
-            raise UserError(f"{root} has the class {new[0]}, which training has not: remove it")
-        labels = {name: label for label, name in enumerate(self.classes)}
-        self.samples = make_dataset(
-            root, labels, is_valid_file=self.is_image, allow_empty=True
-        )  # (path, label)
-        used = {label for _, label in self.samples}
-        if len(used) < len(self.classes) and (classes is None or not used):
-            empty = next(name for name, label in labels.items() if label not in used)
-            endings = ", ".join(IMAGE_ENDINGS)
-            raise UserError(f"{root}/{empty} has no file that ends in {endings}")
-        if len(self.classes) < 2:
-            raise UserError(
-                f"{root} has only the class {found[0]}: put images into {root}/<class>/"
-            )
-
-    def is_image(self, path: str) -> bool:
-        if f"{os.sep}." in path[len(self.root) :]:
-            return False
-        if path.lower().endswith(IMAGE_ENDINGS):
-            return True
-        self.left_out.append(path)
-        return False
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        index = key
-        if isinstance(key, tuple):
-            epoch, index = key
-            seed_generators(f"sample {self.seed} {epoch} {index}")
-        path, label = self.samples[index]
-        return self.transform(read_image(path)), label
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -899,15 +822,15 @@ def eval_batches(dataset: Dataset, options: "Options") -> DataLoader:
 # pass and divides the gradients by it before the step. If they overflow, it skips the step and
 # halves the factor: the weights stay, the EMA averages the same weights once more, and the schedule
 # goes on by one step. This happens a few times at the start, now and then later, and is no error.
-# A loss that is itself infinite or NaN is one, and the run stops.
+# A loss that is infinite or NaN is an error, and stops the run.
 #
 # Batch and devices. A global batch of 2048 images does not fit into a GPU, so each device computes
 # its part in micro-batches. The losses are means, so the gradient of the batch is the mean of the
 # gradients of its micro-batches: backward() adds them up on a device, and DistributedDataParallel
 # averages them over the devices, once per step. Nothing in the model depends on the other images of
-# a batch, as batch norm would. So any split of a batch gives the same gradient, up to rounding, for
-# the same inputs. Erasing, MixUp, CutMix and drop path are drawn for each micro-batch. Another
-# number of devices keeps these draws, and another micro-batch size makes others.
+# a batch, as batch norm would. So any split of a batch gives the same gradient, up to rounding, if
+# the inputs are the same. With another micro-batch size they are not, because erasing, MixUp,
+# CutMix and drop path are drawn once for each micro-batch. The number of devices changes no draw.
 #
 # Memory. Each parameter needs 20 bytes: weight, gradient, AdamW's two averages and the EMA. That is
 # 1.7 GB for ViT-B/16 and 6.1 GB for ViT-L/14, whatever the batch. The rest are activations, which
@@ -1010,12 +933,12 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
 class Run:
-    """A model in training, and all that changes meanwhile. Its state_dict() is last.pt.
+    """A model in training, with all that a resumed run needs.
 
-    best.pt has the EMA weights of the epoch with the best EMA top-1, of equal epochs the later,
-    which has learned more. This is how the paper's numbers are chosen, on the images on which they
-    are reported. The last epoch's are lower (84.7 instead of 85.7 % for ViT-B/16). Both files also
-    have the recipe, the model's configuration and the class names, which `about` is.
+    last.pt is state_dict(). best.pt has the EMA weights of the epoch with the best EMA top-1. Of
+    equal epochs it is the later one, which has learned more. The paper's numbers are chosen in this
+    way, on the images on which they are reported. The last epoch's are lower (84.7 instead of
+    85.7 % for ViT-B/16). Both files have the recipe, the model's configuration and the class names.
     """
 
     def __init__(
@@ -1023,7 +946,6 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.options = options
-        self.amp_dtype = AMP_DTYPES[options.amp]
         num_layers = model.config["vision_cfg"]["layers"]
         groups = param_groups(model, num_layers, recipe.lr, recipe.layer_decay, recipe.weight_decay)
         self.model = model
@@ -1055,7 +977,7 @@ LOG_STEPS = 20  # between reports, because reading a loss waits for the GPU
 
 
 def train(run: Run, train_set: Dataset, val_set: Dataset) -> None:
-    """Train from run.step to the end, and evaluate after each epoch.
+    """Train from run.step to the end. A new run begins at 0, a resumed one where last.pt was saved.
 
     last.pt is saved after the first step, so that a full disk shows now and not after hours, then
     every save_minutes, and at the end.
@@ -1063,6 +985,8 @@ def train(run: Run, train_set: Dataset, val_set: Dataset) -> None:
     recipe = run.recipe
     options = run.options
     smoothing = recipe.label_smoothing
+    clip_grad = recipe.clip_grad
+    amp_dtype = AMP_DTYPES[options.amp]
     accumulation = recipe.batch_size // (rank_and_world()[1] * options.micro_batch_size)
     model = torch.compile(run.model) if options.compile else run.model
     if dist.is_initialized():
@@ -1078,14 +1002,7 @@ def train(run: Run, train_set: Dataset, val_set: Dataset) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss = train_step(
-            model,
-            batches,
-            accumulation,
-            run.optimizer,
-            run.scaler,
-            run.amp_dtype,
-            smoothing,
-            recipe.clip_grad,
+            model, batches, accumulation, run.optimizer, run.scaler, amp_dtype, smoothing, clip_grad
         )
         run.ema.update(run.model)
         run.step = step + 1
@@ -1131,12 +1048,13 @@ def report(run: Run, losses: list[Tensor], lr: float, seconds: float) -> None:
 def finish_epoch(run: Run, val_batches: DataLoader, lr: float) -> None:
     """Evaluate the raw and the EMA weights, save the best, and add a record to the history."""
     output = Path(run.options.output)
+    amp_dtype = AMP_DTYPES[run.options.amp]
     epoch = len(run.history) + 1
     record = {"epoch": epoch, "train_loss": run.loss_sum / run.recipe.steps_per_epoch, "lr": lr}
     run.loss_sum = 0.0
     every = run.options.eval_every or epoch + 1  # 0: never
     if epoch % every == 0 or epoch == run.recipe.epochs:
-        record |= evaluate({"raw": run.model, "ema": run.ema.module}, val_batches, run.amp_dtype)
+        record |= evaluate({"raw": run.model, "ema": run.ema.module}, val_batches, amp_dtype)
         best = max([record, *run.history], key=lambda other: other.get("ema_top1", 0.0))
         record |= {"best_ema_top1": best["ema_top1"], "best_epoch": best["epoch"]}
         if best is record:
@@ -1182,82 +1100,6 @@ class Options:
     dry_run: bool = False  # print the plan and write nothing
     demo: bool = False  # train a tiny ViT on images that the script draws
     eval: str = ""  # best.pt or last.pt to evaluate on DIR/val, instead of a run
-
-
-# A tiny ViT from scratch. Nothing is pretrained, so that all layers learn at one pace.
-DEMO = {
-    "model": {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}},
-    "pretrained": "none",
-    "layer_decay": 1.0,
-    "lr": 1e-3,
-    "epochs": 12,
-    "warmup_epochs": 1.0,
-    "crop_scale": 0.5,
-    "num_images": 3000,
-    "num_classes": 4,
-    "data": "runs/demo/data",
-    "output": "runs/demo",
-}
-
-
-def parse_flags(argv: list[str] | None = None) -> tuple[dict, Options]:
-    """The fields of Recipe that were given, and the Options."""
-    parser = argparse.ArgumentParser(
-        prog="ftclip",
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # `given` has only the flags that were given
-        allow_abbrev=False,
-    )
-    for cls in (Recipe, Options):
-        group = parser.add_argument_group(cls.__name__, cls.__doc__)
-        comments = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(cls)))
-        for field in fields(cls):
-            if field.name.startswith("num_"):  # counted, not given
-                continue
-            flag = "--" + field.name.replace("_", "-")
-            text = comments[field.name]
-            if "default:" not in text:
-                text += f"; default: {field.default}"
-            kinds = get_args(field.type) or (field.type,)  # of `int | None`, of a Literal
-            if bool in kinds:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-            elif "auto" in kinds:
-                group.add_argument(flag, choices=kinds, help=text)
-            else:
-                kind = os.path.expanduser if kinds[0] is str else kinds[0]  # "~" of a path
-                group.add_argument(flag, type=kind, help=text)
-    given = vars(parser.parse_args(argv))
-    if given.get("demo"):
-        given = DEMO | given
-    names = {field.name for field in fields(Options)}
-    options = Options(**{name: given.pop(name) for name in names & given.keys()})
-    if options.eval and given:
-        parser.error(f"--eval takes {', '.join(given)} from the checkpoint: leave that out")
-    return given, options
-
-
-def start_process(options: Options) -> None:
-    """Decide device and precision, and under torchrun join the other processes."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count()
-    if options.device == "auto":
-        options.device = "cuda" if gpus else "cpu"
-    default_amp = "none"
-    if options.device == "cuda":
-        if local_rank >= gpus:
-            raise UserError(
-                f"process {local_rank} needs a GPU of its own, and PyTorch sees {gpus}: "
-                "lower --nproc_per_node, or give --device cpu"
-            )
-        torch.cuda.set_device(local_rank)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        default_amp = "bf16" if bf16 else "fp16"
-    if options.amp == "auto":
-        options.amp = default_amp
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl")
 
 
 def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
@@ -1546,6 +1388,165 @@ def lock(output: Path) -> object:
     return file
 
 
+def read_image(path: str | Path) -> Tensor:
+    """Read an image file as RGB, uint8 (3, H, W), whatever its own mode and format are.
+
+    torchvision decodes JPEGs twice as fast as Pillow. Pillow reads everything else, and JPEGs too
+    if torchvision has no decoder: it has announced to remove it. EXIF rotation is ignored, as in
+    the official code. Raises UserError, which names the file, if it is damaged.
+    """
+    try:
+        with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decoder
+            return torchvision.io.decode_jpeg(torchvision.io.read_file(str(path)), "RGB")
+        with Image.open(path) as file:
+            return to_rgb(file)
+    except Exception as error:  # each decoder has its own
+        raise UserError(f"cannot read image {path} ({error}): replace it and run again") from error
+
+
+IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
+
+
+class FolderDataset(Dataset):
+    """Images in ROOT/<class>/*, at any depth below the class, as torchvision lists them.
+
+    The key (epoch, index) gives a training sample. Its randomness follows from (seed, epoch, index)
+    alone, so it is the same in any process, worker and restart. The key index gives an image for
+    evaluation. Both return (transform(image), label), where `transform` takes uint8 (3, H, W).
+
+    What begins with a dot is left out, because systems and notebooks put copies there. `left_out`
+    lists the other files that are no images by the ending of their name. For validation, `classes`
+    are those of training, so that labels are the same. A class may then have no images. Raises
+    UserError or an OSError for folders that cannot be used in this way.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable | None = None,
+        seed: int = 0,
+        classes: list[str] | None = None,
+    ) -> None:
+        self.root = str(root)
+        self.transform = transform
+        self.seed = seed
+        self.left_out = []
+        found = [name for name in find_classes(root)[0] if not name.startswith(".")]
+        self.classes = found if classes is None else classes
+        new = sorted(set(found) - set(self.classes))
+        if new:
+            raise UserError(f"{root} has the class {new[0]}, which training has not: remove it")
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.samples = make_dataset(
+            root, labels, is_valid_file=self.is_image, allow_empty=True
+        )  # (path, label)
+        used = {label for _, label in self.samples}
+        if len(used) < len(self.classes) and (classes is None or not used):
+            empty = next(name for name, label in labels.items() if label not in used)
+            endings = ", ".join(IMAGE_ENDINGS)
+            raise UserError(f"{root}/{empty} has no file that ends in {endings}")
+        if len(self.classes) < 2:
+            raise UserError(
+                f"{root} has only the class {found[0]}: put images into {root}/<class>/"
+            )
+
+    def is_image(self, path: str) -> bool:
+        if f"{os.sep}." in path[len(self.root) :]:
+            return False
+        if path.lower().endswith(IMAGE_ENDINGS):
+            return True
+        self.left_out.append(path)
+        return False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index = key
+        if isinstance(key, tuple):
+            epoch, index = key
+            seed_generators(f"sample {self.seed} {epoch} {index}")
+        path, label = self.samples[index]
+        return self.transform(read_image(path)), label
+
+
+def open_folders(options: Options, seed: int) -> tuple[FolderDataset, FolderDataset]:
+    """Training and validation images, without their transforms. Draws the demo's."""
+    data = Path(options.data)
+    if options.data == DEMO["data"]:
+        if rank_and_world()[0] == 0 and not data.is_dir():
+            draw_demo(data)
+        all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
+    train_set = FolderDataset(data / "train", seed=seed)
+    val_set = FolderDataset(data / "val", classes=train_set.classes)
+    for split, images in (("training", train_set), ("validation", val_set)):
+        log(f"{len(images):,} {split} images in {images.root}")
+        if images.left_out:
+            log(f"  left out: {len(images.left_out):,} files such as {images.left_out[0]}")
+    log(f"{len(train_set.classes):,} classes: {', '.join(train_set.classes)[:60]}")
+    return train_set, val_set
+
+
+def parse_flags(argv: list[str] | None = None) -> tuple[dict, Options]:
+    """The fields of Recipe that were given, and the Options."""
+    parser = argparse.ArgumentParser(
+        prog="ftclip",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # `given` has only the flags that were given
+        allow_abbrev=False,
+    )
+    for cls in (Recipe, Options):
+        group = parser.add_argument_group(cls.__name__, inspect.getdoc(cls))
+        comments = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(cls)))
+        for field in fields(cls):
+            if field.name.startswith("num_"):  # counted, not given
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            text = comments[field.name]
+            if "default:" not in text:
+                text += f"; default: {field.default}"
+            kinds = get_args(field.type) or (field.type,)  # of `int | None`, of a Literal
+            if bool in kinds:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            elif "auto" in kinds:
+                group.add_argument(flag, choices=kinds, help=text)
+            else:
+                kind = os.path.expanduser if kinds[0] is str else kinds[0]  # "~" of a path
+                group.add_argument(flag, type=kind, help=text)
+    given = vars(parser.parse_args(argv))
+    if given.get("demo"):
+        given = DEMO | given
+    names = {field.name for field in fields(Options)}
+    options = Options(**{name: given.pop(name) for name in names & given.keys()})
+    if options.eval and given:
+        parser.error(f"--eval takes {', '.join(given)} from the checkpoint: leave that out")
+    return given, options
+
+
+def start_process(options: Options) -> None:
+    """Decide device and precision, and under torchrun join the other processes."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if options.device == "auto":
+        options.device = "cuda" if gpus else "cpu"
+    default_amp = "none"
+    if options.device == "cuda":
+        if local_rank >= gpus:
+            raise UserError(
+                f"process {local_rank} needs a GPU of its own, and PyTorch sees {gpus}: "
+                "lower --nproc_per_node, or give --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        default_amp = "bf16" if bf16 else "fp16"
+    if options.amp == "auto":
+        options.amp = default_amp
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl")
+
+
 def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPClassifier) -> None:
     """What differs from the nearest recipe, the batch, the schedule, and the lr of each layer."""
     log(f"Recipe: the paper's of {nearest.model} at {nearest.image_size} pixels")
@@ -1570,6 +1571,34 @@ def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPCla
         log(f"  layer {layer:>2}  peak lr {lr:.2e}")
 
 
+def run_eval(options: Options) -> None:
+    """Print the accuracy of a checkpoint on DIR/val."""
+    model, classes, transform = load_classifier(options.eval, options.device)
+    val_set = FolderDataset(f"{options.data}/val", transform, classes=classes)
+    options.micro_batch_size = options.micro_batch_size or 64
+    result = evaluate({"model": model}, eval_batches(val_set, options), AMP_DTYPES[options.amp])
+    log(
+        f"{options.eval} on {result['images']} images: "
+        f"top-1 {result['model_top1']:.3f} %, top-5 {result['model_top5']:.3f} %"
+    )
+
+
+# A tiny ViT from scratch. Nothing is pretrained, so that all layers learn at one pace.
+DEMO = {
+    "model": {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}},
+    "pretrained": "none",
+    "layer_decay": 1.0,
+    "lr": 1e-3,
+    "epochs": 12,
+    "warmup_epochs": 1.0,
+    "crop_scale": 0.5,
+    "num_images": 3000,
+    "num_classes": 4,
+    "data": "runs/demo/data",
+    "output": "runs/demo",
+}
+
+
 def draw_demo(root: Path) -> None:
     """Draw the demo's images, 32x32 pixels: four patterns in two colours, 750 + 150 of each."""
     classes = ("pillars", "stripes", "checkerboard", "rings")
@@ -1588,35 +1617,6 @@ def draw_demo(root: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:04d}.png")
     part.rename(root)
-
-
-def run_eval(options: Options) -> None:
-    """Print the accuracy of a checkpoint on DIR/val."""
-    model, classes, transform = load_classifier(options.eval, options.device)
-    val_set = FolderDataset(f"{options.data}/val", transform, classes=classes)
-    options.micro_batch_size = options.micro_batch_size or 64
-    result = evaluate({"model": model}, eval_batches(val_set, options), AMP_DTYPES[options.amp])
-    log(
-        f"{options.eval} on {result['images']} images: "
-        f"top-1 {result['model_top1']:.3f} %, top-5 {result['model_top5']:.3f} %"
-    )
-
-
-def open_folders(options: Options, seed: int) -> tuple[FolderDataset, FolderDataset]:
-    """Training and validation images, without their transforms. Draws the demo's."""
-    data = Path(options.data)
-    if options.data == DEMO["data"]:
-        if rank_and_world()[0] == 0 and not data.is_dir():
-            draw_demo(data)
-        all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
-    train_set = FolderDataset(data / "train", seed=seed)
-    val_set = FolderDataset(data / "val", classes=train_set.classes)
-    for split, images in (("training", train_set), ("validation", val_set)):
-        log(f"{len(images):,} {split} images in {images.root}")
-        if images.left_out:
-            log(f"  left out: {len(images.left_out):,} files such as {images.left_out[0]}")
-    log(f"{len(train_set.classes):,} classes: {', '.join(train_set.classes)[:60]}")
-    return train_set, val_set
 
 
 def main(argv: list[str] | None = None) -> None:

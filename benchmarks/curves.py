@@ -57,7 +57,7 @@ L/14, 336; 30;
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a run, one per epoch. The first line of the file has the plan."""
+    """The records of a run, one per epoch. The first line of the file has the recipe."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if "epoch" in line]
 
@@ -72,7 +72,7 @@ def draw_runs(files: list[Path], output: Path) -> None:
         epochs = [record["epoch"] for record in records]
         loss.plot(epochs, [record["train_loss"] for record in records], ".-", color=color)
         lr.plot(epochs, [record["lr"] for record in records], ".-", color=color, label=name)
-        # With --eval-every above 1, not every epoch has an evaluation.
+        # Unless --eval-every is 1, not every epoch has an evaluation.
         evaluated = [record for record in records if "ema_top1" in record]
         epochs = [record["epoch"] for record in evaluated]
         for key, style in (("raw_top1", ".:"), ("ema_top1", ".-")):

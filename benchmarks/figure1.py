@@ -104,10 +104,9 @@ def logistic_regression(args: argparse.Namespace, data: Path) -> float:
     sys.path.insert(0, str(ROOT))
     import ftclip
 
-    config = ftclip.parse_flags(["--model", args.model, *args.flags.split()])
-    model = ftclip.build_model(
-        args.model, 2, args.pretrained, args.image_size, config.quick_gelu
-    ).eval()
+    given, _ = ftclip.parse_flags(args.flags.split())
+    quick_gelu = given.get("quick_gelu")
+    model = ftclip.build_model(args.model, 2, args.pretrained, args.image_size, quick_gelu).eval()
     features = {}
     for split in ("train", "val"):
         images = ftclip.FolderDataset(
@@ -189,7 +188,7 @@ def main() -> None:
         if (flags, seed) not in runs:
             name = "".join(letter if letter.isalnum() else "-" for letter in flags)
             every = f"--model {args.model} --pretrained {args.pretrained} {args.flags}"
-            every += f" --data {root}/data-{seed} --seed {seed} --eval-every 10000 {flags}"
+            every += f" --data {root}/data-{seed} --seed {seed} --eval-every 0 {flags}"
             runs[flags, seed] = pool.submit(run, root / f"run{name}-{seed}", every, args.dry_run)
         return runs[flags, seed]
 

@@ -1,18 +1,21 @@
-"""Check what only a GPU can show, in one command of at most eight minutes.
+"""Check what only a GPU or a network can show, in one command of at most nine minutes.
 
     python3 benchmarks/gpu_check.py                      # all parts
     python3 benchmarks/gpu_check.py --parts step,feed    # some of them
     python3 benchmarks/gpu_check.py --json figures.json  # and the figures as JSON
+    python3 benchmarks/gpu_check.py --small              # in small on the CPU, without fp16
 
 It needs the project's packages and pytest, draws its own images and writes to a temporary folder.
-Without a GPU it runs the same in small on the CPU, without fp16. The parts:
+Without a GPU, --small is the default. The parts:
 
     tests     the test suite's GPU tests
     step      training steps of ftclip's and timm's models in alternation, eager and compiled: speed,
               memory, share of the device's measured matrix rate, synchronization with the GPU
     run       the demo in bf16 and fp16, SIGKILL and resume, --eval
-    feed      ViT-B/16 on 500x375 JPEGs from the disk: speed, and share of waiting for data
+    feed      ViT-B/16 on 500x375 JPEGs from the disk: speed
     torchrun  one process under torchrun, with NCCL
+    weights   OpenAI's ViT-B/16 by its tag: ftclip's tokens and open_clip's. Needs a network, or the
+              weights in the cache
 
 Each part has a time limit, plus what the parts before it have left of theirs. A part that fails or
 reaches its limit is reported, and the next one begins. The exit status is 1 if a part failed.
@@ -26,6 +29,7 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -37,12 +41,23 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
-PLACES = (Path.cwd(), Path(__file__).resolve().parent.parent)
-ROOT = next((folder for folder in PLACES if (folder / "ftclip.py").is_file()), None)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ftclip
+
+if "--small" in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for the processes that are started here
 GPU = torch.cuda.is_available()
-LIMITS = {"tests": 120, "step": 190, "run": 75, "feed": 45, "torchrun": 30}  # seconds, 460 in all
+LIMITS = {
+    "tests": 120,
+    "step": 190,
+    "run": 75,
+    "feed": 45,
+    "torchrun": 30,
+    "weights": 60,
+}  # seconds
 MODELS = [
     # open_clip name, timm name, micro-batch, GFLOP per image: forward, and twice that backward
     ("ViT-B-16", "vit_base_patch16_clip_quickgelu_224", 256, 105.6),
@@ -57,13 +72,16 @@ def tell(name: str, value: float | str) -> None:
     print(f"{name:<57} {value}", flush=True)
 
 
-def call(command: list, folder: Path, deadline: float, kill_at: str | None = None) -> str:
-    """Run a command in the project's root and return what it printed.
+def call(
+    command: list, folder: Path, deadline: float, kill_at: str | None = None, cwd: Path = ROOT
+) -> str:
+    """Run a command and return what it printed.
 
     Args:
         folder: for a file with the output.
         deadline: time.monotonic() at which it is ended.
         kill_at: text in the output at which it is killed with SIGKILL.
+        cwd: its working directory.
 
     Raises RuntimeError with the end of the output if the command fails or ends at another time.
     """
@@ -75,7 +93,7 @@ def call(command: list, folder: Path, deadline: float, kill_at: str | None = Non
     with open(log, "w") as file:
         process = subprocess.Popen(
             [str(word) for word in command],
-            cwd=ROOT,
+            cwd=cwd,
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -108,14 +126,22 @@ def tests(folder: Path, deadline: float) -> None:
     tell("tests", output.strip().splitlines()[-1])
 
 
-def step(folder: Path, deadline: float) -> None:
-    """The measurements are made in a process of its own, which prints each figure as JSON."""
+def call_self(name: str, folder: Path, deadline: float) -> None:
+    """Call measure_NAME() in a process of its own, which prints each figure as JSON."""
     try:
-        call([sys.executable, Path(__file__).resolve(), "--measure"], folder, deadline)
+        call([sys.executable, Path(__file__).resolve(), "--measure", name], folder, deadline)
     finally:
         for line in (folder / "output.txt").read_text().splitlines():
             if line.startswith('["'):
                 tell(*json.loads(line))
+
+
+def tell_parent(name: str, value: float | str) -> None:
+    print(json.dumps([name, value]), flush=True)
+
+
+def step(folder: Path, deadline: float) -> None:
+    call_self("step", folder, deadline)
 
 
 def seconds_of(runs: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -139,8 +165,6 @@ def make_step(
     """A training step of ftclip's or timm's model, with the same optimizer, EMA and train_step."""
     import timm
     from timm.optim import param_groups_layer_decay
-
-    import ftclip
 
     name, timm_name, _, _ = model
     config = ftclip.model_config(name)
@@ -167,16 +191,8 @@ def make_step(
     return run
 
 
-def measure() -> None:
-    """Print the figures of the part "step"."""
-    sys.path.insert(0, str(ROOT))
-    import ftclip
-
+def measure_step() -> None:
     device = torch.device("cuda" if GPU else "cpu")
-
-    def tell_parent(name: str, value: float | str) -> None:
-        print(json.dumps([name, value]), flush=True)
-
     size = 8192 if GPU else 1024
     square = torch.randn(size, size, device=device).to(torch.bfloat16 if GPU else torch.float32)
     product = functools.partial(torch.matmul, square, square)
@@ -232,7 +248,7 @@ def measure() -> None:
 def learned(output: Path) -> str:
     """The losses and the accuracy of a run. Raises RuntimeError if the loss did not fall."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    first, last = records[1], records[-1]  # records[0] is the plan
+    first, last = records[1], records[-1]  # records[0] is the recipe
     text = f"train loss {first['train_loss']:.3f} to {last['train_loss']:.3f}"
     if last["train_loss"] >= first["train_loss"]:
         raise RuntimeError(f"the loss did not fall: {text}")
@@ -240,22 +256,22 @@ def learned(output: Path) -> str:
 
 
 def run(folder: Path, deadline: float) -> None:
-    program = [sys.executable, "ftclip.py"]
-    data = ["--data", folder / "data"]
-    demo = [*program, "--demo", *data, "--epochs", 6 if GPU else 3]
+    call_there = functools.partial(call, folder=folder, deadline=deadline, cwd=folder)
+    program = [sys.executable, ROOT / "ftclip.py"]
+    demo = [*program, "--demo", "--epochs", 6 if GPU else 3]  # its images are in runs/demo/data
     bf16 = [*demo, "--amp", "bf16", "--save-minutes", 0, "--output", folder / "bf16"]
-    call(bf16, folder, deadline, kill_at="\nstep 120 ")  # in epoch 3, after the save of step 100
-    output = call(bf16, folder, deadline)
+    call_there(bf16, kill_at="\nstep 121 ")  # in epoch 3, after the save of step 101
+    output = call_there(bf16)
     step = int(re.search(r"from step (\d+)", output)[1])
-    tell("run, bf16, SIGKILL at step 120, resumed from step", step)
-    if step < 100:
+    tell("run, bf16, SIGKILL at step 121, resumed from step", step)
+    if step < 101:
         raise RuntimeError("it was not resumed from the last save")
     tell("run, bf16", learned(folder / "bf16"))
     if GPU:  # a CPU computes so slowly in fp16 that this would take minutes
-        call([*demo, "--amp", "fp16", "--output", folder / "fp16"], folder, deadline)
+        call_there([*demo, "--amp", "fp16", "--output", folder / "fp16"])
         tell("run, fp16", learned(folder / "fp16"))
-    best = ["--eval", "--checkpoint", folder / "bf16" / "best.pt"]
-    output = call([*program, *best, *data], folder, deadline)
+    best = folder / "bf16" / "best.pt"
+    output = call_there([*program, "--eval", best, "--data", "runs/demo/data"])
     tell("run, --eval", output.strip().split(": ")[-1])
 
 
@@ -291,24 +307,64 @@ def feed(folder: Path, deadline: float) -> None:
         (folder / "tiny.json").write_text(json.dumps({"vision_cfg": tiny}))
         flags += ["--model", folder / "tiny.json", "--batch-size", 8]
     output = call([sys.executable, "ftclip.py", *flags], folder, deadline)
-    pattern = r"^step .*  ([\d,]+) images/s  (\d+)% waiting for data"
-    reports = re.findall(pattern, output, re.MULTILINE)[1:]  # the first has the start of workers
-    tell("feed, loader workers", re.search(r"(\d+) worker\(s\)", output)[1])
-    speeds = [int(speed.replace(",", "")) for speed, _ in reports]
+    speeds = re.findall(r"^step .*  ([\d,]+) images/s", output, re.MULTILINE)
+    speeds = [int(speed.replace(",", "")) for speed in speeds[1:]]  # the first: start of workers
+    tell("feed, loader workers", ftclip.Options().workers)
     tell("feed, images/s", statistics.median(speeds))
-    tell("feed, % waiting for data", statistics.median(int(share) for _, share in reports))
 
 
 def torchrun(folder: Path, deadline: float) -> None:
     launcher = [Path(sys.executable).with_name("torchrun")]
     if not launcher[0].exists():
         launcher = [sys.executable, "-m", "torch.distributed.run"]
-    command = [*launcher, "--standalone", "--nproc_per_node", 1, "ftclip.py", "--demo"]
-    command += ["--data", folder / "data", "--output", folder / "torchrun", "--epochs", 2]
-    output = call(command, folder, deadline)
+    command = [*launcher, "--standalone", "--nproc_per_node", 1, ROOT / "ftclip.py"]
+    command += ["--demo", "--output", folder / "torchrun", "--epochs", 2]
+    output = call(command, folder, deadline, cwd=folder)
     tell("torchrun", learned(folder / "torchrun"))
     nccl = re.search(r"NCCL version \S+", output)
     tell("torchrun, backend", nccl[0] if nccl else "NCCL has not said its version")
+
+
+def weights(folder: Path, deadline: float) -> None:
+    call_self("weights", folder, deadline)
+
+
+def difference(trunk: nn.Module, tower: nn.Module, images: Tensor) -> float:
+    """The largest of all tokens of ftclip's trunk and open_clip's tower, over the largest token."""
+    tower.pool_type = "none"  # all tokens, without the last norm and the projection
+    tower.ln_post = nn.Identity()
+    tower.proj = None
+    with torch.no_grad():
+        ours = trunk(images)
+        theirs = tower(images)
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def measure_weights() -> None:
+    network = True
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        network = False
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: no tries for half a minute
+    import open_clip
+
+    try:
+        model = ftclip.build_model("ViT-B-16", 2, "openai").eval()
+    except ftclip.UserError:
+        if network:
+            raise
+        tell_parent("weights", "no network, and not in the cache: not checked")
+        return
+    clip = open_clip.create_model("ViT-B-16", pretrained="openai", force_quick_gelu=True).eval()
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as photos:
+        draw_photos(Path(photos), drawn=4, copies=1)
+        paths = sorted(Path(photos).glob("val/*/*"))
+        images = [ftclip.eval_transform(ftclip.read_image(path), 224) for path in paths]
+    largest = difference(model.trunk, clip.visual, torch.stack(images))
+    tell_parent("weights, largest difference / largest token", f"{largest:.1e}")
+    if largest > 1e-3:
+        raise RuntimeError("ftclip computes something else than open_clip with OpenAI's weights")
 
 
 def main() -> int:
@@ -317,16 +373,15 @@ def main() -> int:
     )
     parser.add_argument("--parts", default=",".join(LIMITS), help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after each part")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help="use no GPU; the default without one")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    parts = {part.__name__: part for part in (tests, step, run, feed, torchrun)}
+    parts = {part.__name__: part for part in (tests, step, run, feed, torchrun, weights)}
     chosen = args.parts.split(",")
-    if ROOT is None:
-        parser.error("there is no ftclip.py here: start it in the project's root")
     if not set(chosen) <= set(parts):
         parser.error(f"--parts {args.parts}: the parts are {', '.join(parts)}")
     if args.measure:
-        measure()
+        globals()[f"measure_{args.measure}"]()
         return 0
 
     print(torch.cuda.get_device_name() if GPU else "No GPU: everything in small on the CPU")

@@ -5,7 +5,7 @@
 Runs have one process, or two under torchrun. A kill comes at a random moment and is SIGKILL to all
 processes of a run at once, as when a machine goes away. The same command resumes the run until it
 ends. Then its weights, EMA, optimizer state, history and metrics must equal those of a run that
-nothing disturbed. last.pt is saved at every logging step, so that runs are resumed within epochs as
+nothing disturbed. last.pt is saved at every report, so that runs are resumed within epochs as
 well as between them. MixUp, CutMix, erasing and drop path are on.
 
 After that, --restarts runs of two processes under one torchrun, and as many under two (two nodes,
@@ -35,8 +35,8 @@ from PIL import Image
 SCRIPT = Path(__file__).resolve().parent.parent / "ftclip.py"
 MODEL = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3}
 STEPS_PER_EPOCH = 24
-# 48 images in batches of 2: 24 steps per epoch. A logging step comes every 20 steps, so that most
-# saves are within an epoch.
+# 48 images in batches of 2: 24 steps per epoch. Reports, and with them saves, come after the steps
+# 1, 21, 41 and so on, and at the end of each epoch.
 FLAGS = """--pretrained none --epochs 12 --warmup-epochs 1 --batch-size 2 --micro-batch-size 1
 --lr 1e-3 --eval-every 3 --save-minutes 0 --workers 1 --device cpu
 --mixup 0.5 --cutmix 0.5 --random-erasing 0.25 --drop-path 0.2"""
@@ -108,12 +108,11 @@ def kill(pid: int) -> None:
 
 
 def outcome(folder: Path) -> dict:
-    """What a run leaves behind, without the plan, which names the folder."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    """What a run leaves behind."""
     return {
         "last": torch.load(folder / "last.pt", weights_only=True),
         "best": torch.load(folder / "best.pt", weights_only=True),
-        "metrics": [json.loads(line) for line in lines[1:]],
+        "metrics": (folder / "metrics.jsonl").read_text(),
     }
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/preview.py --sheet preview.png --data imagenet
     python benchmarks/preview.py --sheet preview.png --data flowers --randaug 5 --mixup 0.8
-    python benchmarks/preview.py --sheet preview.png --data runs/demo/data --demo
+    python benchmarks/preview.py --sheet preview.png --demo    # after ftclip.py --demo
 
 Takes all flags of ftclip.py, of which those for the augmentation matter: --image-size,
 --crop-scale, --randaug, --random-erasing, --mixup, --cutmix and --seed. The images are those of
@@ -10,7 +10,6 @@ the first epoch. Small ones are enlarged to at least 128 pixels.
 """
 
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -53,22 +52,21 @@ def main() -> None:
     )
     parser.add_argument("--sheet", type=Path, default=Path("preview.png"), help="PNG to write")
     args, flags = parser.parse_known_args()
-    config = ftclip.parse_flags([*flags, "--workers", "0", "--device", "cpu"])
-    process = ftclip.start_process(config)
-    model = config.model
-    vision = ftclip.model_config(model)["vision_cfg"]
-    config.image_size = config.image_size or vision["image_size"]
+    given, options = ftclip.parse_flags([*flags, "--workers", "0", "--device", "cpu"])
+    ftclip.start_process(options)
+    vision = ftclip.model_config(given.get("model", ftclip.B16.model))["vision_cfg"]
+    given.setdefault("image_size", vision["image_size"])
+    dataset = ftclip.FolderDataset(f"{options.data}/train", seed=given.get("seed", 0))
+    given |= {"num_images": len(dataset), "num_classes": len(dataset.classes)}
+    options.micro_batch_size = min(COUNT, len(dataset))
+    given["batch_size"] = options.micro_batch_size
+    recipe = ftclip.resolve(ftclip.B16, given)
+    randaug = ftclip.RandAugment(recipe.randaug) if recipe.randaug > 0 else None
+    dataset.transform = ftclip.train_transform(recipe.image_size, recipe.crop_scale, randaug)
 
-    randaug = ftclip.RandAugment(config.randaug) if config.randaug > 0 else None
-    transform = ftclip.train_transform(config.image_size, config.crop_scale, randaug)
-    folder = Path(config.data or "imagenet") / "train"
-    dataset = ftclip.FolderDataset(folder, transform, config.seed)
-    plan = ftclip.resolve(config, vision["layers"], len(dataset))
-
-    batches = ftclip.DeviceBatches(dataset, plan, process, first=0)
-    samples = itertools.chain.from_iterable(zip(images, labels) for images, labels in batches)
+    images, labels = next(ftclip.device_batches(recipe, options, dataset, first_step=0))
     tiles = []
-    for image, label in itertools.islice(samples, COUNT):
+    for image, label in zip(images, labels):
         tiles.append(draw_tile(image, label, dataset.classes))
     grid = torchvision.utils.make_grid(tiles, nrow=8)
     v2.functional.to_pil_image(grid).save(args.sheet, "PNG")
@@ -78,5 +76,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ftclip.UserError as error:
+    except (ftclip.UserError, OSError) as error:
         sys.exit(f"preview: {error}")

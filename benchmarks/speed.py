@@ -3,33 +3,45 @@
     python benchmarks/speed.py loader --data photos   # images/s on one core, then with workers
     python benchmarks/speed.py step                   # images/s of a step of ViT-B/16 at 224
     python benchmarks/speed.py step --old before.py   # and those of another ftclip.py
+    python benchmarks/speed.py startup                # what comes before the first step
 
 `photos` is a folder with train/<class>/*. ftclip's loader gives cropped and augmented bytes and
-leaves normalization and erasing to the device; timm's transform does both itself. Each figure is
-the median of several rounds, with the slowest and the fastest.
+leaves normalization and erasing to the device; timm's transform does both itself. One line has
+JPEGs decoded by Pillow, as when torchvision has no decoder. Each figure is the median of several
+rounds, with the slowest and the fastest.
 
 `step` also times the model's matrix products alone, forward and backward, in float32 on a CPU and
 in bf16 on a GPU. That is the device's matrix rate at these shapes, and a step is compared with it,
 each in its fastest round. On a GPU it tells the peak memory.
 
---old takes a file with the same interface. For `step`, build_model is enough.
+`startup` lists empty image files, and builds ViT-L/14 from a best.pt of 1.2 GB, both made in a
+temporary folder and in the page cache. Each line is a process of its own: its seconds without the
+imports, and its peak memory with them. It reads /proc, so it needs Linux.
+
+--old takes a file whose FolderDataset, train_transform and RandAugment (`loader`) or build_model
+(`step`) are called as here.
 """
 
 import argparse
 import functools
 import importlib.util
 import itertools
+import multiprocessing
+import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from timm.optim import param_groups_layer_decay
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -106,6 +118,10 @@ def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
+def no_decoder(*args) -> None:
+    raise RuntimeError("as if torchvision had no JPEG decoder")
+
+
 def loader(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
     """From bytes on the disk to a sample on one core, which is the work of a loader worker."""
     torch.set_num_threads(1)
@@ -127,12 +143,17 @@ def loader(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
         for i in chosen:
             dataset[epoch, i]
 
+    def load_with_pillow() -> None:
+        with mock.patch.object(torchvision.io, "decode_jpeg", no_decoder):
+            load_ours(datasets["ftclip"], pillow_epochs)
+
     def load_theirs() -> None:
         for i in chosen:
             with Image.open(paths[i]) as file:
                 theirs(file.convert("RGB"))
 
-    runs = {"decode alone": decode}
+    pillow_epochs = itertools.count()
+    runs = {"decode alone": decode, "ftclip, JPEGs by Pillow": load_with_pillow}
     for name, dataset in datasets.items():
         runs[name] = functools.partial(load_ours, dataset, itertools.count())
     runs["timm"] = load_theirs
@@ -140,6 +161,8 @@ def loader(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
 
     batch_size = min(32, len(paths))
     steps = max(1, args.count // batch_size)
+    keys = [divmod(i, len(paths)) for i in range(batch_size * steps)]  # epoch, index
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
 
     def run_loader(dataset: Dataset, **options) -> None:
         for _ in DataLoader(dataset, num_workers=args.workers, **options):
@@ -147,13 +170,11 @@ def loader(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
 
     runs = {}
     for name, dataset in datasets.items():
-        batches = modules[name].MicroBatches(len(paths), batch_size, batch_size, range(steps))
         runs[f"{name}, DataLoader"] = functools.partial(run_loader, dataset, batch_sampler=batches)
-    indices = [i % len(paths) for i in range(batch_size * steps)]
-    images = Subset(ImageFolder(root, theirs), indices)
+    images = Subset(ImageFolder(root, theirs), [index for _, index in keys])
     runs["timm, DataLoader"] = functools.partial(run_loader, images, batch_size=batch_size)
     print(f"with the start of {args.workers} workers, in batches of {batch_size}:")
-    compare(runs, args.rounds, batch_size * steps)
+    compare(runs, args.rounds, len(keys))
 
 
 def matrix_products(
@@ -265,15 +286,71 @@ def step(args: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
         )
 
 
+def list_with_folder_dataset(folder: str) -> None:
+    ftclip.FolderDataset(f"{folder}/train")
+
+
+def list_with_os_walk(folder: str) -> None:
+    """Nothing but the names."""
+    files = []
+    for parent, _, names in os.walk(f"{folder}/train"):
+        files += [os.path.join(parent, name) for name in sorted(names)]
+
+
+def build_from_file(folder: str) -> None:
+    """--pretrained FILE."""
+    ftclip.build_model("ViT-L-14", 1000, f"{folder}/best.pt")
+
+
+def load_classifier(folder: str) -> None:
+    ftclip.load_classifier(f"{folder}/best.pt")
+
+
+def measure(function: Callable[[str], None], folder: str) -> None:
+    """Print the seconds of a function and the peak memory of this process."""
+    ftclip.model_config("ViT-L-14")  # imports open_clip
+    began = time.perf_counter()
+    function(folder)
+    seconds = time.perf_counter() - began
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # KiB
+    print(f"{function.__name__:<28} {seconds:8.2f} s {int(peak) / 1024:8.0f} MiB")
+
+
+def nothing(folder: str) -> None:
+    """The memory of the imports."""
+
+
+def startup(count: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="startup_") as folder:
+        classes = [f"n{10_000_000 + 7_919 * label}" for label in range(1000)]  # as ImageNet's
+        for label, name in enumerate(classes):
+            os.makedirs(f"{folder}/train/{name}")
+            for i in range(label, count, 1000):
+                Path(folder, "train", name, f"{name}_{i}.JPEG").touch()
+        model = ftclip.build_model("ViT-L-14", 1000)
+        state = {"ema": model.state_dict(), "model_config": model.config, "classes": classes}
+        ftclip.save_checkpoint(f"{folder}/best.pt", state)
+        print(f"{count:,} files in 1,000 folders, ViT-L-14:", flush=True)
+        functions = (nothing, list_with_folder_dataset, list_with_os_walk)
+        for function in (*functions, build_from_file, load_classifier):
+            context = multiprocessing.get_context("spawn")  # a forked process has this one's memory
+            process = context.Process(target=measure, args=(function, folder))
+            process.start()
+            process.join()
+            if process.exitcode != 0:
+                sys.exit(f"{function.__name__} failed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("loader", "step"))
+    parser.add_argument("what", choices=("loader", "step", "startup"))
     parser.add_argument("--data", default="imagenet", help="folder with train/<class>/*")
     parser.add_argument("--old", help="another ftclip.py to compare with")
     parser.add_argument("--model", choices=tuple(TIMM), default="ViT-B-16")
-    parser.add_argument("--count", type=int, help="images per round (default: 128, for step 8)")
+    count = "images per round (default: 128, for step 8), or files (128,000)"
+    parser.add_argument("--count", type=int, help=count)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--blocks", type=int, help="a model of fewer blocks, only to try step")
     parser.add_argument("--workers", type=int, default=2)
@@ -285,9 +362,11 @@ def main() -> None:
     if args.what == "loader":
         args.count = args.count or 128
         loader(args, modules)
-    else:
+    elif args.what == "step":
         args.count = args.count or 8
         step(args, modules)
+    else:
+        startup(args.count or 128_000)
 
 
 if __name__ == "__main__":
