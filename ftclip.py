@@ -10,31 +10,31 @@ enough. The only new parameters are a LayerNorm and a linear head.
     python ftclip.py --model ViT-B-16                             # the same recipe on one GPU
     python ftclip.py --model ViT-L-14 --image-size 336 --dry-run  # print the plan, write nothing
     python ftclip.py --data flowers                               # a folder of your own
-    python ftclip.py --eval runs/ViT-B-16-224/best.pt
+    python ftclip.py --eval runs/imagenet-ViT-B-16-224/best.pt
 
 Put images into folders as in ImageNet: DIR/train/<class>/* and DIR/val/<class>/*. A run writes
 last.pt (to resume), best.pt (to use) and metrics.jsonl to --output. The same command resumes it.
+Needs Python 3.10, torch 2.6, torchvision 0.21 and open_clip_torch 3, or newer.
 
 Read from top to bottom. The parts "in short", "recipe", "model", "optimization", "augmentation",
-"data" and "training" are all of FT-CLIP. The last part, "the program", turns flags into a run. To
-use a piece elsewhere, copy it with the imports, UserError, and what stands beside it:
+"data" and "training" together are the whole method. The last part, "the program", has flags, files
+and printing. To use a piece elsewhere, copy it with the imports and with the names on the right. If
+a name on the right has a row of its own, copy that row too.
 
-    lr_at, EMA, train_step            nothing more
-    CLIPClassifier                    nothing more
-    RandAugment, train_transform      nothing more
-    random_erasing                    nothing more
+    lr_at, train_step, CLIPClassifier, RandAugment, random_erasing    nothing more
+    EMA                               UserError
     param_groups                      layer_id, or a function like it for the names of your model
+    train_transform                   augment
     normalize                         CLIP_MEAN, CLIP_STD
     eval_transform                    to_rgb, normalize
-    read_image                        to_rgb
+    read_image                        to_rgb, UserError
     FolderDataset                     read_image, seed_generators, IMAGE_ENDINGS
+    micro_batch_keys                  Recipe
     evaluate                          all_sum
-    build_model                       the part "model", model_config, read_weights
-    save_checkpoint                   rank_and_world, FORMAT
-    load_checkpoint                   FORMAT
+    build_model                       the part "model", model_config, find_tag, read_weights
+    save_checkpoint                   rank_and_world, FORMAT, UserError
+    load_checkpoint                   FORMAT, UserError
     load_classifier                   build_model, eval_transform, load_checkpoint
-
-What stands beside a piece may need more, which its own row says.
 
 "Official" means the paper's own code, github.com/LightDXY/FT-CLIP at commit 3f9cefa.
 """
@@ -72,39 +72,35 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 
-
-class UserError(ValueError):
-    """A mistake that the user can correct. The program prints it as one sentence."""
-
-
 # ------------------------------------------------------------------------------------ in short
 #
 # CLIP has learned features from 400 million images with captions. Fine-tuning adapts them to the
 # classes of a data set. The danger is to lose them on the way, and the usual settings for
-# fine-tuning lose a part of them. Figure 1 of the paper shows this for ViT-B/16, at 224 pixels in
-# all rows but the last. Each row keeps the changes above it:
+# fine-tuning lose some of them. Figure 1 of the paper shows this for ViT-B/16, at 224 pixels in all
+# rows but the last. Each row keeps the changes above it:
 #
 #     change                                                        top-1   effect
 #     (the usual fine-tuning settings)                              82.3 %
 #     smaller learning rate                                         84.3 %  weights stay near CLIP's
 #     EMA of the weights, decay 0.9998                              84.6 %  noise is averaged out
-#     learning rate decays from layer to layer, by 0.6              85.3 %  low layers are kept most
+#     learning rate decays from layer to layer, by 0.6              85.3 %  low layers change least
 #     fewer epochs, 50 instead of 100 (*)                           85.2 %  half of the compute
 #     weaker augmentation, without MixUp and CutMix (*)             85.7 %  one object, one label
 #     384 pixels, lr 7e-4 instead of 6e-4, patch embedding trained  86.6 %  more detail
 #
-# (*) The figure names these two changes, but not their values. Those given here follow from the
-# final recipe. The learning rates of the first two rows are not known either.
+# (*) The figure names these two changes without their values. 50 epochs, no MixUp and no CutMix are
+# the final recipe's. 100 epochs are inferred from the cost, which the change halves. The learning
+# rates of the first two rows are not known either.
 #
 # The model is CLIP's vision transformer with a new head: LayerNorm, mean over the patch tokens, and
 # a linear layer. One optimizer step, with AdamW on a global batch of 2048 images:
 #
 #     set the learning rate of each layer (lr_at, param_groups), train_step, update the EMA
 #
-# After each epoch both the raw and the EMA weights are evaluated. What to expect from ViT-B/16:
-# after one epoch the raw weights have 52 % top-1 and the EMA 20 %, because the EMA still remembers
-# the starting weights. After ten epochs both have 82 %. The EMA is best after thirty of the fifty
-# epochs, with 85.7 %.
+# After each epoch both the raw and the EMA weights are evaluated. What the official log of ViT-B/16
+# shows: after one epoch the raw weights have 52 % top-1 and the EMA 20 %, because the EMA still
+# remembers the starting weights. After ten epochs both have 82 %. The EMA is best after thirty of
+# the fifty epochs, with 85.7 %.
 #
 # With few images, `resolve` chooses a smaller batch, a shorter EMA and, if needed, more epochs.
 
@@ -113,14 +109,16 @@ class UserError(ValueError):
 
 @dataclass
 class Recipe:
-    """Every number that decides the result of a run. The defaults are ViT-B/16's at 224 pixels.
+    """The numbers that decide the result of a run. The values here are ViT-B/16's at 224 pixels.
 
-    Each field is a flag, and its comment is the flag's help text. Values that you pass are not
-    changed. The others come from the nearest of the paper's four recipes, by depth and image size.
+    Each field but the last two is a flag, and its comment is the flag's help text. A flag that you
+    give is used as given. One that you leave out has the value here, or what its comment calls the
+    default. "The recipe's" is that of the nearest of the paper's four runs, by depth and image
+    size.
     """
 
     # Model.
-    model: str | dict = "ViT-B-16"  # open_clip name of a plain ViT, or a JSON file with one
+    model: str | dict = "ViT-B-16"  # open_clip's name of a plain ViT, or a JSON configuration file
     pretrained: str = "openai"  # open_clip tag, weights file, or none for random weights
     quick_gelu: bool | None = None  # QuickGELU instead of GELU; default: what the weights need
     image_size: int = 224  # side in pixels; default: the model's
@@ -143,13 +141,13 @@ class Recipe:
     random_erasing: float = 0.25  # probability of a box of noise, 0 is off
     crop_scale: float = 0.08  # smallest area of a crop as a share of the image
     mixup: float = 0.0  # alpha of MixUp, 0 is off
-    cutmix: float = 0.0  # alpha of CutMix, 0 is off; with MixUp, each micro-batch draws one of them
+    cutmix: float = 0.0  # alpha of CutMix, 0 is off; with MixUp too, one of them is drawn each time
     label_smoothing: float = 0.1  # share of a label that is spread over all classes
     drop_path: float = 0.0  # drop path rate of the last block, 0 is off
 
     seed: int = 0  # seed of everything random
 
-    # Counted in the training folder. They are no flags.
+    # Counted in the training folder, not flags.
     num_images: int = 1_281_167  # ImageNet's
     num_classes: int = 1000
 
@@ -164,16 +162,17 @@ class Recipe:
 
     @property
     def warmup_steps(self) -> int:
-        return min(round(self.warmup_epochs * self.steps_per_epoch), self.total_steps - 1)
+        steps = round(self.warmup_epochs * self.steps_per_epoch)
+        return min(steps, self.total_steps - 1)  # a run of one step must not have lr 0
 
 
 # The paper's four runs. Source: the official scripts and logs. All start from OpenAI's weights for
-# 224 pixels. At 384 and 336 pixels a patch shows less of the scene than in pretraining, so that the
-# patch embedding conv1 is trained too.
+# 224 pixels. At 384 and 336 pixels a patch shows less of the scene than in pretraining, so conv1,
+# the patch embedding, is trained too.
 B16 = Recipe()
 L14 = Recipe(model="ViT-L-14", lr=4e-4, layer_decay=0.65, epochs=30, warmup_epochs=5.0)
 RECIPES = [
-    # recipe, images that a GPU computes at once, and top-1 on ImageNet-1k
+    # recipe, micro-batch size (the most images that a GPU computes at once), top-1 on ImageNet-1k
     (B16, 256),  # 85.7 %
     (replace(B16, image_size=384, lr=7e-4, freeze_patch_embed=False), 64),  # 86.6 %
     (L14, 64),  # 88.0 %
@@ -187,7 +186,7 @@ RECIPES = [
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, written out, with the names of nn.MultiheadAttention."""
+    """Multi-head self-attention, written out to be read. Its names are nn.MultiheadAttention's."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -209,7 +208,7 @@ class Attention(nn.Module):
 class QuickGELU(nn.Module):
     """The activation with which OpenAI trained CLIP, x * sigmoid(1.702 x).
 
-    With GELU in its place the weights load as well, but each block computes something slightly
+    With GELU in its place the weights still load, but each block computes something slightly
     different, and accuracy is lost without a warning.
     """
 
@@ -221,8 +220,8 @@ class Block(nn.Module):
     """A transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     In training, drop path leaves out each of the two branches of a sample with probability
-    `drop_path` (arXiv 1603.09382). It draws from torch's generator, which device_batches seeds for
-    each micro-batch, so that a resumed run draws the same.
+    `drop_path` (arXiv 1603.09382). It draws from torch's global generator. The part "data" seeds
+    that for each micro-batch, so that a resumed run draws the same.
     """
 
     def __init__(
@@ -251,11 +250,11 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's image encoder without its last norm and projection: the trunk of the classifier.
 
-    Parameters have open_clip's names, so that its state dicts load strictly. The first seven
-    arguments are those of its configurations. Image and patch size are in pixels. Pixels at the
-    right and the bottom that fill no patch are not seen. `no_ln_pre`
-    leaves out the norm before the first block, which CLIP has and most other ViTs do not.
-    `drop_path` is the rate of the last block. It grows linearly from 0 at the first block.
+    Parameters have open_clip's names, so open_clip's state dicts load with strict=True. The first
+    seven arguments are the keys of open_clip's "vision_cfg". Image and patch size are in pixels.
+    Pixels at the right and the bottom that fill no patch are not seen. `no_ln_pre` leaves out the
+    norm before the first block, which CLIP has and most other ViTs do not. `drop_path` is the rate
+    of the last block. It grows linearly from 0 at the first block.
     """
 
     def __init__(
@@ -312,10 +311,10 @@ class CLIPClassifier(nn.Module):
     classifier does not need. The patch tokens together describe the whole image. A new LayerNorm
     brings them to one scale before they are averaged.
 
-    The head starts a thousand times smaller than usual. The gradient that reaches the trunk is
-    proportional to the head's weights. A random head of the usual size would push the pretrained
-    features in random directions before it has learned anything. A head near zero learns first,
-    and its first predictions are uniform.
+    The head starts a thousand times smaller than usual, so its first predictions are uniform. A
+    random head of the usual size sends random directions to the trunk until it has learned better
+    ones. AdamW would follow them at full speed, since it divides out the size of a gradient. The
+    small head outgrows its random start in about 20 steps of warm-up.
 
     `trunk` is any module from images (N, 3, S, S) to tokens (N, 1 + patches, width), class token
     first. Source: official models/finetune_clip.py:167-175, 230-231.
@@ -324,27 +323,29 @@ class CLIPClassifier(nn.Module):
     def __init__(self, trunk: nn.Module, width: int, num_classes: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
         with torch.no_grad():
-            self.head.bias.mul_(0.001)
+            self.head.weight.mul_(0.001)
+            self.head.bias.mul_(0.001)  # nn.Linear's bias is random, and the official code keeps it
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images (N, 3, S, S) to float32 logits (N, num_classes)."""
         tokens = self.trunk(images)[:, 1:]  # (N, patches, width)
         features = self.norm(tokens).mean(dim=1)  # (N, width)
-        # In bf16 the two largest logits are often equal. Top-1 would then depend on their order.
+        # In bf16 the two largest logits are often equal, and the order of the classes would decide.
+        # So the head is computed in its own dtype, float32, even if the trunk returns bf16.
         with torch.autocast(images.device.type, enabled=False):
-            return self.head(features.to(self.norm.weight.dtype))  # another trunk may give bf16
+            return self.head(features.to(self.norm.weight.dtype))
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings for another image size: (1 + old^2, width) to (1 + grid^2, width).
 
     The class token's position stays as it is. The others are interpolated bicubically without
-    antialias, as in the paper's runs. open_clip resizes with antialias. Its cubic kernel is a
-    different one, and the results differ even where the grid grows. The result is float32.
+    antialias, as in the paper's runs. open_clip resizes with antialias. PyTorch then uses another
+    cubic kernel, so the results differ even when the grid grows. The result is float32.
 
     Source: official run_class_finetuning.py:360-385.
     """
@@ -360,13 +361,16 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 def load_trunk(trunk: VisionTransformer, weights: dict[str, Tensor]) -> None:
     """Put CLIP's weights, under open_clip's names, into a trunk of any image size, as float32.
 
-    For each new image size, such as 384 or 336, the positions are resized here. Raises RuntimeError
-    if a name is missing or unknown or a shape differs.
+    For another image size, such as 384 or 336, the positions are resized here. Tensors that are
+    float32 already become the trunk's parameters themselves. Raises RuntimeError if a name is
+    missing or unknown or a shape differs.
     """
     grid = math.isqrt(len(trunk.positional_embedding) - 1)
     weights = {name: weight.float() for name, weight in weights.items()}
     weights["positional_embedding"] = resize_positions(weights["positional_embedding"], grid)
-    trunk.load_state_dict(weights, assign=True)  # the tensors themselves, without a copy
+    trunk.load_state_dict(
+        weights, assign=True
+    )  # a trunk on the meta device has no memory of its own
 
 
 def freeze(
@@ -374,9 +378,8 @@ def freeze(
 ) -> None:
     """Choose what is trained. The new norm and the head always are.
 
-    train_blocks: None trains the whole trunk. A number trains that many of the last blocks and
-    freezes the embeddings. 0 is linear probing, and in the paper, half of the blocks is nearly as
-    good as all (Figure 3). A number of all blocks or more is the same as None.
+    train_blocks: None trains the whole trunk. K trains its last K blocks and freezes the rest of
+    it. 0 is linear probing. In the paper, half of the blocks is nearly as good as all (Figure 3).
 
     freeze_patch_embed: conv1 stays as it is. The paper freezes it at 224 pixels, where it sees what
     it saw in pretraining, and trains it at larger sizes.
@@ -394,7 +397,7 @@ def freeze(
 #
 # The learning rate matters most. A large one soon overwrites the pretrained weights, and the model
 # then learns from the new images alone, as from scratch. The recipe's 6e-4 is large, but only the
-# head has it. With a layer decay of 0.6, the middle of ViT-B/16 has about 2e-5.
+# new norm and head have it. With a layer decay of 0.6, the middle of ViT-B/16 has about 2e-5.
 #
 # A short schedule is enough because little has to be learned. In the paper, a run of 100 epochs is
 # best at about half of its epochs and then overfits (Figure 2). Even the runs of 50 and 30 epochs
@@ -402,12 +405,13 @@ def freeze(
 
 
 def layer_id(name: str, num_layers: int) -> int:
-    """Layer of a parameter of CLIPClassifier: 0 embeddings, i + 1 block i, num_layers + 1 the head.
+    """Layer of a parameter of CLIPClassifier, whose trunk has num_layers blocks.
 
-    For another model write such a function for its names. In timm's ViTs, for example, the blocks
-    are "blocks.<i>.", norm and head are "norm.", "fc_norm." and "head.", and the embeddings are
-    "cls_token", "pos_embed", "patch_embed." and "norm_pre.". As the trunk of a CLIPClassifier, its
-    names begin with "trunk.".
+    The embeddings are layer 0, block i is layer i + 1, norm and head are layer num_layers + 1. For
+    another model write such a function for its names. In timm's ViTs, for example, the blocks are
+    "blocks.<i>.", norm and head are "norm.", "fc_norm." and "head.", and the embeddings are
+    "cls_token", "pos_embed", "patch_embed." and "norm_pre.". Inside a CLIPClassifier their names
+    begin with "trunk.".
 
     Raises ValueError for an unknown name. Source: official optim_factory.py:22-39.
     """
@@ -427,7 +431,7 @@ def param_groups(
     lr: float,
     layer_decay: float,
     weight_decay: float,
-    layer_id: Callable[[str, int], int] = layer_id,
+    layer_of: Callable[[str, int], int] = layer_id,
 ) -> list[dict]:
     """AdamW's parameter groups, with a learning rate that decays from the head to the embeddings.
 
@@ -450,21 +454,21 @@ def param_groups(
     `group["lr"] = lr_at(...) * group["lr_scale"]`.
 
     Biases, norms, and class and positional embeddings have no weight decay, as in the official
-    code. They are few parameters, and decay would not make the model simpler. Frozen parameters are
-    in no group.
+    code. Decay pulls to zero, which means nothing for a bias, a norm's scale or a position. Frozen
+    parameters are in no group.
 
-    The model must not be wrapped in DDP or torch.compile, which change the names. `layer_id` is the
-    function above, or one for your model. Returns at most two groups per layer, from the embeddings
-    up, with the keys "params", "names", "layer", "lr", "lr_scale" and "weight_decay". Raises
-    ValueError unless each layer from 0 to num_layers + 1 has a parameter. A mistake in layer_id or
-    num_layers would otherwise go unnoticed.
+    The model must not be wrapped in DDP or torch.compile, which change the names. `layer_of` is
+    layer_id, or a function like it for your model. Returns at most two groups per layer, from the
+    embeddings up, with the keys "params", "names", "layer", "lr", "lr_scale" and "weight_decay".
+    Raises ValueError unless each layer from 0 to num_layers + 1 has a parameter. A mistake in
+    layer_of or num_layers would otherwise go unnoticed.
 
     Source: official optim_factory.py:60, run_class_finetuning.py:441.
     """
-    layers = {name: layer_id(name, num_layers) for name, _ in model.named_parameters()}
+    layers = {name: layer_of(name, num_layers) for name, _ in model.named_parameters()}
     found = sorted(set(layers.values()))
     if found != list(range(num_layers + 2)):
-        raise ValueError(f"layer_id finds the layers {found}, not each of 0 to {num_layers + 1}")
+        raise ValueError(f"layer_of finds the layers {found}, not each of 0 to {num_layers + 1}")
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -491,14 +495,14 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
     """Learning rate at an optimizer step: linear from 0 to lr, then half a cosine to min_lr.
 
     Warm-up is there for AdamW and for the head. AdamW divides each step by the root of an average
-    of squared gradients, which is unreliable while it has seen few of them. And while the head is
-    near zero, its gradients say little about where the trunk should go. The cosine ends the run
+    of squared gradients, which is unreliable while it has seen few of them. And while the head has
+    learned little, the gradients that reach the trunk say little. The cosine ends the run
     with small learning rates, so that the weights settle.
 
     Steps count from 0. Step 0 of a warm-up has 0: it only fills AdamW's averages, as in the
     official code. The peak comes twice: at the last step of a warm-up of two or more, and at the
-    first step of the cosine. From total_steps on, the result is min_lr. lr and min_lr are the
-    head's. Those of a group are these times its "lr_scale".
+    first step of the cosine. From total_steps on, the result is min_lr. Pass the head's lr and
+    min_lr, and multiply the result by a group's "lr_scale".
 
     Source: official utils.py:407-424.
     """
@@ -515,15 +519,16 @@ class EMA:
 
     The weights oscillate from step to step around a point to which they converge slowly. Their
     average oscillates less and is closer to it. In the four published runs, the best EMA is 0.9 to
-    1.7 points above the best raw weights.
+    1.7 points above the best raw weights. (The 0.3 points of Figure 1 are from an earlier row, with
+    one learning rate for all layers and 100 epochs.)
 
     The average covers about 1 / (1 - decay) steps: 5,000 for the paper's 0.9998, which are eight
-    epochs of ImageNet. It starts from the starting weights, and at first it still consists of them:
-    after one epoch of ViT-B/16 it has 20 % top-1, the raw weights 52 %. In a run that is not much
-    longer, choose a smaller decay. With decay 0 it is a copy of the weights.
+    epochs of ImageNet. It begins as a copy of the weights, and at first it still consists mostly of
+    those. In a run that is not much longer than 5,000 steps, choose a smaller decay. With decay 0
+    it is a copy of the weights.
 
-    `model` is on its device, neither compiled nor wrapped in DDP. `module` is the averaged model,
-    in evaluation mode. Source: official engine_for_finetuning.py:92.
+    Move `model` to its device first, and pass it neither compiled nor wrapped in DDP. `module` is
+    the averaged model, in evaluation mode. Source: official engine_for_finetuning.py:92.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -546,9 +551,9 @@ class EMA:
 # Augmentation shows each image differently in each epoch, which keeps a large model from learning
 # the images by heart. RandAugment and random erasing distort an image, but it still shows one
 # object with one label, and they stay in the recipe. MixUp and CutMix blend two images and two
-# labels into something that CLIP has never seen, and the final recipe is without them.
+# labels into something that CLIP has never seen, and the final recipe leaves them out.
 #
-# The way of a training image:
+# The path of a training image:
 #
 #     in a loader worker, uint8:  read_image, crop and resize, flip, RandAugment
 #     on the device, float32:     normalize, random_erasing, MixUp or CutMix if they are on
@@ -561,12 +566,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class RandAugment:
     """RandAugment (arXiv 1909.13719) as in the paper: timm's rand-m9-mstd0.5-inc1.
 
-    "inc1" means that a larger magnitude always is a stronger change.
+    "inc1" means that an operation never becomes weaker as the magnitude grows. All constants below
+    are timm's.
 
     Of fifteen operations, num_ops are drawn with replacement. Each is applied with the given
-    probability, with a magnitude from N(magnitude, std) clipped to [0, 10]. Signs are equally
-    likely. torchvision's RandAugment(2, 9) is something else: 30 % of full strength where this has
-    90 %, always applied, nearest-neighbour and with black borders.
+    probability, with a magnitude from N(magnitude, std) clipped to [0, 10]. Rotations, shears,
+    shifts and enhancements go either way, equally often. torchvision's RandAugment(2, 9) is
+    something else: 30 % of full strength where this has 90 %, always applied, nearest-neighbour and
+    with black borders.
 
     Called with an RGB Pillow image, it returns one. All randomness comes from the module `random`.
     To add an operation, add its name to OPS and its case to `apply`.
@@ -582,7 +589,7 @@ class RandAugment:
     std: float = 0.5
     num_ops: int = 2
     probability: float = 0.5
-    fill: tuple[int, int, int] = (123, 117, 104)  # CLIP_MEAN, for what lies outside the image
+    fill: tuple[int, int, int] = (123, 117, 104)  # 255 * CLIP_MEAN, for what lies outside the image
 
     def __call__(self, image: Image.Image) -> Image.Image:
         for op in random.choices(self.OPS, k=self.num_ops):
@@ -624,51 +631,47 @@ class RandAugment:
                 return self.affine(image, (1, 0, 0, 0, 1, 0.45 * signed * image.height))
 
     def affine(self, image: Image.Image, matrix: tuple) -> Image.Image:
-        """Pixel (x, y) of the result is that at (ax + by + c, dx + ey + f), of (a, ..., f)."""
-        affine = Image.Transform.AFFINE
+        """With (a, b, c, d, e, f), pixel (x, y) becomes the one at (ax + by + c, dx + ey + f)."""
+        mode = Image.Transform.AFFINE
         bicubic = Image.Resampling.BICUBIC
-        return image.transform(image.size, affine, matrix, bicubic, fillcolor=self.fill)
+        return image.transform(image.size, mode, matrix, bicubic, fillcolor=self.fill)
+
+
+def augment(image: Tensor, crop: Callable, randaug: Callable | None = None) -> Tensor:
+    """Crop, flip and RandAugment of a training image, uint8 (3, H, W) to uint8 (3, S, S).
+
+    The crop is taken and resized on the tensor, which is faster than on a Pillow image. The result
+    is uint8, because bytes are copied to the GPU in a quarter of the time of floats. To add an
+    augmentation, add a line here.
+    """
+    image = crop(image)
+    if random.random() < 0.5:
+        image = image.flip(-1)
+    if randaug is not None:
+        image = TF.pil_to_tensor(randaug(TF.to_pil_image(image)))
+    return image
 
 
 def train_transform(
     image_size: int, crop_scale: float = 0.08, randaug: Callable | None = None
 ) -> Callable:
-    """Transform of a training image: uint8 (3, H, W) to uint8 (3, image_size, image_size).
+    """The transform of training images: `augment` with a random crop to image_size.
 
-    A crop of 8 to 100 % of the area shows objects at many sizes, and often only a part of one. It
-    is taken and resized on the tensor, which is faster than on a Pillow image. The result is uint8,
-    because bytes are copied to the GPU in a quarter of the time of floats.
-
+    A crop of 8 to 100 % of the area shows objects at many sizes, and often only a part of one.
     `randaug` is RandAugment() or another function from Pillow image to Pillow image. All randomness
     comes from the global generators of `random` and torch.
     """
     bicubic = v2.InterpolationMode.BICUBIC
     crop = v2.RandomResizedCrop(image_size, scale=(crop_scale, 1.0), interpolation=bicubic)
-    steps = [crop, v2.RandomHorizontalFlip()]
-    if randaug is not None:
-        steps += [v2.ToPILImage(), randaug, v2.PILToTensor()]
-    return v2.Compose(steps)
+    return functools.partial(augment, crop=crop, randaug=randaug)
 
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 images (..., 3, H, W) to float32 with CLIP_MEAN and CLIP_STD, as CLIP was trained."""
     images = images.float() / 255
-    for channel in range(3):  # by numbers: a tensor of means would have to be copied to the GPU
+    for channel in range(3):  # with Python floats: a tensor of means would need a copy to the GPU
         images[..., channel, :, :].sub_(CLIP_MEAN[channel]).div_(CLIP_STD[channel])
     return images
-
-
-def to_rgb(image: Image.Image) -> Tensor:
-    """A Pillow image of any mode as RGB, uint8 (3, H, W). Of 16 bits the upper eight are kept.
-
-    Raises ValueError for pixels that are floats, because their range is not known.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, of which no range is known")
-    if image.mode.startswith("I"):
-        grey = TF.pil_to_tensor(image.convert("I"))
-        return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
-    return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
@@ -689,7 +692,7 @@ def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
 
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:
-    """Random erasing (arXiv 1708.04896): a box of some images (N, C, H, W) becomes noise, in place.
+    """Random erasing (arXiv 1708.04896): in some images (N, C, H, W) a box becomes noise, in place.
 
     The model must then recognize an object from the rest of it. The box covers 2 to 33 % of the
     image, with a height / width from 0.3 to 1 / 0.3, log-uniform. It is filled with N(0, 1) per
@@ -716,46 +719,47 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------ data
 #
-# A run must see the same images with the same noise, however often it is interrupted, and on any
-# number of devices. So nothing is drawn from a generator whose state would have to be saved. The
-# generators are seeded from a text, and then ordinary random functions are called:
+# A resumed run must equal one that was never stopped, and a run on one device the same run on
+# eight. So nothing is drawn from a generator whose state would have to be saved. The generators are
+# seeded from a string, and then ordinary random functions are called:
 #
-#     "sample SEED EPOCH INDEX"   in a loader worker, before it crops, flips and recolours an image
-#     "device SEED STEP PLACE"    on a device, before it erases and mixes a micro-batch
+#     "sample SEED EPOCH INDEX"   in a loader worker, before an image is cropped and recoloured
+#     "device SEED STEP PLACE"    on a device, before a micro-batch is erased and mixed
 #
 # PLACE is the number of the micro-batch in the global batch. A data set takes the key (epoch,
-# index) and gives (image, label), as FolderDataset in the program does.
+# index) and gives (image, label), like FolderDataset in the program. `options` are the program's
+# Options: micro_batch_size, device, workers and others.
 
 
 def seed_generators(text: str) -> None:
     """Seed the global generators of `random` and torch, on the CPU and the GPU in use."""
     random.seed(text)
     seed = random.getrandbits(63)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks each kind of device
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits all backends: slow
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process, and of all. torchrun starts one process per device."""
+    """Rank of this process, and the number of processes. torchrun starts one for each device."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def micro_batches(
+def micro_batch_keys(
     recipe: Recipe, micro_batch_size: int, first_step: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """Keys (epoch, index) of each micro-batch of one process, from an optimizer step to the end.
+    """Keys (epoch, index) of one process's micro-batches, from step first_step to the run's end.
 
-    In each epoch all images are shuffled by (seed, epoch) and cut into micro-batches. Process
-    number `rank` of `world` takes every world-th of them. Put together, the processes have the same
-    images in the same order, however many they are. PyTorch's DistributedSampler does not do that,
-    and cannot start in the middle of an epoch.
+    In each epoch all images are shuffled by (seed, epoch) and cut into micro-batches. The process
+    `rank` of `world` takes every world-th of them. So each micro-batch has the same images whatever
+    the number of processes, and a run can begin in the middle of an epoch. PyTorch's
+    DistributedSampler does neither.
     """
     first_epoch, step_of_epoch = divmod(first_step, recipe.steps_per_epoch)
-    done = step_of_epoch * recipe.batch_size  # images of the first epoch
-    used = recipe.steps_per_epoch * recipe.batch_size  # of each epoch
+    done = step_of_epoch * recipe.batch_size  # images already used in the first epoch
+    used = recipe.steps_per_epoch * recipe.batch_size  # images used in an epoch
     for epoch in range(first_epoch, recipe.epochs):
         order = list(range(recipe.num_images))
         random.Random(f"shuffle {recipe.seed} {epoch}").shuffle(order)
@@ -767,7 +771,7 @@ def micro_batches(
 def device_batches(
     recipe: Recipe, options: "Options", dataset: Dataset, first_step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches on its device, from an optimizer step to the end of the run.
+    """This process's micro-batches on its device, from step first_step to the run's end.
 
     Loader workers give uint8 images (N, 3, S, S) and labels (N,). On the device, the images become
     float32, normalized, erased, and mixed if MixUp or CutMix is on. Mixed labels are probabilities
@@ -777,8 +781,8 @@ def device_batches(
     One DataLoader serves the whole run, since the epoch is a part of the key.
     """
     rank, world = rank_and_world()
-    size = options.micro_batch_size
-    keys = micro_batches(recipe, size, first_step, rank, world)
+    micro = options.micro_batch_size
+    keys = micro_batch_keys(recipe, micro, first_step, rank, world)
     pin = options.device == "cuda"
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=options.workers, pin_memory=pin)
     samples = iter(loader)
@@ -788,7 +792,7 @@ def device_batches(
     if recipe.cutmix > 0:
         mixes.append(v2.CutMix(alpha=recipe.cutmix, num_classes=recipe.num_classes))
     for step in range(first_step, recipe.total_steps):
-        for place in range(rank, recipe.batch_size // size, world):
+        for place in range(rank, recipe.batch_size // micro, world):
             images, labels = next(samples)
             seed_generators(f"device {recipe.seed} {step} {place}")
             images = normalize(images.to(options.device, non_blocking=True))
@@ -800,7 +804,7 @@ def device_batches(
 
 
 def eval_batches(dataset: Dataset, options: "Options") -> DataLoader:
-    """Batches of this process's share of a data set, in which each image is in one process."""
+    """Batches of this process's share of a data set. Each image is in exactly one share."""
     rank, world = rank_and_world()
     return DataLoader(
         dataset,
@@ -821,26 +825,26 @@ def eval_batches(dataset: Dataset, options: "Options") -> DataLoader:
 # gradients become 0. So the GradScaler multiplies the loss by a large factor before the backward
 # pass and divides the gradients by it before the step. If they overflow, it skips the step and
 # halves the factor: the weights stay, the EMA averages the same weights once more, and the schedule
-# goes on by one step. This happens a few times at the start, now and then later, and is no error.
-# A loss that is infinite or NaN is an error, and stops the run.
+# goes on by one step. This happens a few times at the start and occasionally later. It is not an
+# error. A loss that is infinite or NaN is one, and stops the run.
 #
 # Batch and devices. A global batch of 2048 images does not fit into a GPU, so each device computes
 # its part in micro-batches. The losses are means, so the gradient of the batch is the mean of the
 # gradients of its micro-batches: backward() adds them up on a device, and DistributedDataParallel
-# averages them over the devices, once per step. Nothing in the model depends on the other images of
-# a batch, as batch norm would. So any split of a batch gives the same gradient, up to rounding, if
-# the inputs are the same. With another micro-batch size they are not, because erasing, MixUp,
-# CutMix and drop path are drawn once for each micro-batch. The number of devices changes no draw.
+# averages them over the devices, once per step. Unlike with batch norm, the output of an image does
+# not depend on the others in its batch. So any split of a batch gives the same gradient, up to
+# rounding. Erasing, MixUp, CutMix and drop path are drawn once for each micro-batch: another
+# micro-batch size draws other noise, another number of devices with the same size does not.
 #
-# Memory. Each parameter needs 20 bytes: weight, gradient, AdamW's two averages and the EMA. That is
-# 1.7 GB for ViT-B/16 and 6.1 GB for ViT-L/14, whatever the batch. The rest are activations, which
-# grow with the micro-batch. Gradient checkpointing keeps only the input of each block and computes
-# the block a second time in the backward pass.
+# Memory. Each trained parameter needs 20 bytes: weight, gradient, AdamW's two averages and the EMA.
+# A frozen one needs 8. That is 1.7 GB for ViT-B/16 and 6.1 GB for ViT-L/14, whatever the batch. The
+# rest are activations, which grow with the micro-batch. Gradient checkpointing keeps only the input
+# of each block and computes the block a second time in the backward pass.
 
 
 def train_step(
     model: nn.Module,
-    micro_batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[tuple[Tensor, Tensor]],
     accumulation: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -850,14 +854,14 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on one global batch, in `accumulation` micro-batches of equal size.
 
-    Each loss is divided by `accumulation`, so that the sum of the gradients is the gradient of the
-    mean over the whole batch: one GPU with accumulation 8 makes the same step as eight GPUs.
+    Each loss is divided by `accumulation`, so that the gradients add up to that of the mean over
+    this device's part of the batch: one GPU with accumulation 8 makes the same step as eight GPUs.
 
     Label smoothing moves a share of the target probability from the label to all classes alike.
     Without it the logits grow without bound, and wrong labels are believed as firmly as right ones.
     Mixed labels are smoothed in the same way.
 
-    `micro_batches` gives normalized images (N, 3, S, S), and labels (N,) or probabilities
+    `batches` gives normalized images (N, 3, S, S), and labels (N,) or probabilities
     (N, num_classes), on the model's device. The optimizer has the learning rates of this step. The
     scaler is enabled for fp16 only. `clip_grad` 0 is off. Returns the mean loss of this process's
     images, on the device: reading it waits for the GPU. Raises StopIteration, before the weights
@@ -865,9 +869,9 @@ def train_step(
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    total_loss = 0.0
+    mean_loss = 0.0
     for i in range(accumulation):
-        images, labels = next(micro_batches)
+        images, labels = next(batches)
         sync = contextlib.nullcontext()
         if i < accumulation - 1 and hasattr(model, "no_sync"):
             sync = model.no_sync()  # DDP exchanges gradients once, with the last micro-batch
@@ -877,13 +881,13 @@ def train_step(
                 loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             loss = loss / accumulation
             scaler.scale(loss).backward()
-        total_loss = total_loss + loss.detach()
+        mean_loss = mean_loss + loss.detach()
     if clip_grad > 0:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
     scaler.step(optimizer)  # divides the gradients by its factor, or skips the step
     scaler.update()
-    return total_loss
+    return mean_loss
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -906,8 +910,8 @@ def evaluate(
     shares are equal gives slightly wrong numbers, as in the official code
     (run_class_finetuning.py:275-281).
 
-    Batches are normalized images (N, 3, S, S) and labels (N,). Of {"a": model} the result is
-    {"a_top1", "a_top5", "images"}. With fewer than five classes, top-5 is 100.
+    Batches are normalized images (N, 3, S, S) and labels (N,). For {"a": model} the result has the
+    keys "a_top1", "a_top5" and "images". With up to five classes, top-5 is 100.
     """
     device = next(next(iter(models.values())).parameters()).device
     counts = torch.zeros(len(models), 3, dtype=torch.long, device=device)  # top-1, top-5, images
@@ -932,164 +936,79 @@ def evaluate(
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
-class Run:
-    """A model in training, with all that a resumed run needs.
+def train(
+    recipe: Recipe,
+    options: "Options",
+    classifier: CLIPClassifier,
+    train_set: Dataset,
+    val_set: Dataset,
+    progress: "Progress",
+) -> None:
+    """The whole method put together. A resumed run enters the loop where last.pt was saved.
 
-    last.pt is state_dict(). best.pt has the EMA weights of the epoch with the best EMA top-1. Of
-    equal epochs it is the later one, which has learned more. The paper's numbers are chosen in this
-    way, on the images on which they are reported. The last epoch's are lower (84.7 instead of
-    85.7 % for ViT-B/16). Both files have the recipe, the model's configuration and the class names.
+    The paper reports the epoch with the best EMA top-1, chosen on the images on which it is
+    reported. best.pt has the EMA weights of this epoch. The last epoch's are lower: 84.7 instead of
+    85.7 % for ViT-B/16. `Progress`, in the program, prints, records and saves.
     """
+    num_layers = len(classifier.trunk.transformer["resblocks"])
+    groups = param_groups(
+        classifier, num_layers, recipe.lr, recipe.layer_decay, recipe.weight_decay
+    )
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
+    ema = EMA(classifier, recipe.ema_decay)
+    models = {"raw": classifier, "ema": ema.module}
+    progress.restore(classifier, ema.module, optimizer, scaler)
 
-    def __init__(
-        self, recipe: Recipe, options: "Options", model: CLIPClassifier, classes: list[str]
-    ) -> None:
-        self.recipe = recipe
-        self.options = options
-        num_layers = model.config["vision_cfg"]["layers"]
-        groups = param_groups(model, num_layers, recipe.lr, recipe.layer_decay, recipe.weight_decay)
-        self.model = model
-        self.ema = EMA(model, recipe.ema_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        self.scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
-        self.parts = {"model": model, "ema": self.ema.module}
-        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
-        self.about = {"recipe": asdict(recipe), "model_config": model.config, "classes": classes}
-        self.step = 0  # optimizer steps done
-        self.loss_sum = 0.0  # of the steps of this epoch
-        self.history = []  # a record of each epoch
-
-    def state_dict(self) -> dict:
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        progress = {"step": self.step, "loss_sum": self.loss_sum, "history": self.history}
-        return self.about | states | progress
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self.parts.items():
-            if state[name]:  # the scaler of a run without fp16 is empty
-                part.load_state_dict(state[name])
-        self.step = state["step"]
-        self.loss_sum = state["loss_sum"]
-        self.history = state["history"]
-
-
-LOG_STEPS = 20  # between reports, because reading a loss waits for the GPU
-
-
-def train(run: Run, train_set: Dataset, val_set: Dataset) -> None:
-    """Train from run.step to the end. A new run begins at 0, a resumed one where last.pt was saved.
-
-    last.pt is saved after the first step, so that a full disk shows now and not after hours, then
-    every save_minutes, and at the end.
-    """
-    recipe = run.recipe
-    options = run.options
+    model = torch.compile(classifier) if options.compile else classifier
+    if dist.is_initialized():
+        model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True
+        )  # gradients, not copies
+    _, world = rank_and_world()
+    accumulation = recipe.batch_size // (world * options.micro_batch_size)
+    amp_dtype = AMP_DTYPES[options.amp]
     smoothing = recipe.label_smoothing
     clip_grad = recipe.clip_grad
-    amp_dtype = AMP_DTYPES[options.amp]
-    accumulation = recipe.batch_size // (rank_and_world()[1] * options.micro_batch_size)
-    model = torch.compile(run.model) if options.compile else run.model
-    if dist.is_initialized():
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    batches = device_batches(recipe, options, train_set, run.step)
+    batches = device_batches(recipe, options, train_set, progress.step)
     val_batches = eval_batches(val_set, options)
 
-    losses = []  # since the last report
-    reported = time.monotonic()
-    saved = -math.inf
-    for step in range(run.step, recipe.total_steps):
+    for step in range(progress.step, recipe.total_steps):
         lr = lr_at(step, recipe.total_steps, recipe.warmup_steps, recipe.lr, recipe.min_lr)
-        for group in run.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss = train_step(
-            model, batches, accumulation, run.optimizer, run.scaler, amp_dtype, smoothing, clip_grad
+            model, batches, accumulation, optimizer, scaler, amp_dtype, smoothing, clip_grad
         )
-        run.ema.update(run.model)
-        run.step = step + 1
-        losses.append(loss)
+        ema.update(classifier)
 
-        epoch_ends = run.step % recipe.steps_per_epoch == 0
-        if epoch_ends or step % LOG_STEPS == 0:
-            report(run, losses, lr, time.monotonic() - reported)
-            losses.clear()
-            if epoch_ends:
-                finish_epoch(run, val_batches, lr)
-            due = time.monotonic() - saved >= 60 * options.save_minutes
-            if due or run.step == recipe.total_steps:
-                save_checkpoint(f"{options.output}/last.pt", run.state_dict())
-                saved = time.monotonic()
-            reported = time.monotonic()
-
-
-def report(run: Run, losses: list[Tensor], lr: float, seconds: float) -> None:
-    """Check and print the steps since the last report, which took so many seconds.
-
-    Raises UserError, in all processes, if a loss or a weight is not finite. A run that has diverged
-    must stop before it is saved.
-    """
-    means = all_sum(torch.stack(losses) / rank_and_world()[1]).tolist()
-    # A finite loss can have an infinite gradient, which shows in the weights.
-    weight_norm = nn.utils.get_total_norm(run.model.parameters()).item()
-    if not math.isfinite(sum(means) + weight_norm):
-        raise UserError(
-            f"the loss ({means[-1]:g}) or a weight is not finite at step {run.step}: resume from "
-            "last.pt with --amp none, or start anew with a lower --lr"
-        )
-    run.loss_sum += sum(means)
-    speed = len(losses) / seconds
-    left = timedelta(seconds=round((run.recipe.total_steps - run.step) / speed))
-    text = f"step {run.step:,}  loss {means[-1]:.4f}  lr {lr:.2e}"
-    text += f"  {speed * run.recipe.batch_size:,.0f} images/s  {left} left"
-    if run.options.device == "cuda":
-        text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    log(text, end="\r" if sys.stdout.isatty() else "\n")
-
-
-def finish_epoch(run: Run, val_batches: DataLoader, lr: float) -> None:
-    """Evaluate the raw and the EMA weights, save the best, and add a record to the history."""
-    output = Path(run.options.output)
-    amp_dtype = AMP_DTYPES[run.options.amp]
-    epoch = len(run.history) + 1
-    record = {"epoch": epoch, "train_loss": run.loss_sum / run.recipe.steps_per_epoch, "lr": lr}
-    run.loss_sum = 0.0
-    every = run.options.eval_every or epoch + 1  # 0: never
-    if epoch % every == 0 or epoch == run.recipe.epochs:
-        record |= evaluate({"raw": run.model, "ema": run.ema.module}, val_batches, amp_dtype)
-        best = max([record, *run.history], key=lambda other: other.get("ema_top1", 0.0))
-        record |= {"best_ema_top1": best["ema_top1"], "best_epoch": best["epoch"]}
-        if best is record:
-            weights = {"ema": run.ema.module.state_dict(), "record": record}
-            save_checkpoint(output / "best.pt", run.about | weights)
-    run.history.append(record)
-    log("  ".join(f"{key} {value:.5g}" for key, value in record.items()).ljust(100))
-    if rank_and_world()[0] == 0:
-        lines = [{"recipe": asdict(run.recipe)}, *run.history]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (output / "metrics.jsonl").write_text(text)
-
-
-def log(text: str, end: str = "\n") -> None:
-    """Print on the first process only."""
-    if rank_and_world()[0] == 0:
-        print(text, end=end, flush=True)
+        progress.finish_step(loss, lr)
+        if progress.step % recipe.steps_per_epoch == 0:
+            accuracy = evaluate(models, val_batches, amp_dtype) if progress.wants_accuracy() else {}
+            progress.finish_epoch(accuracy, lr)
+        progress.save_when_due()
 
 
 # ------------------------------------------------------------------------------------ the program
 #
-# The recipe is complete above. Here flags become a run, and files are read and written.
+# The method is complete above. Here flags become a run, and files are read and written.
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct. The program prints it as one sentence."""
 
 
 @dataclass
 class Options:
-    """Where and how a run is computed. They may change when it is resumed.
+    """Where and how a run is computed. These flags may change when it is resumed.
 
-    The numbers of a run then change by rounding. Another micro_batch_size, device or compile draws
-    other noise for erasing, mixing and drop path.
+    Results then differ by rounding. Another micro_batch_size, device or compile also draws other
+    noise for erasing, mixing and drop path. data may move, if its images stay the same.
     """
 
     data: str = "imagenet"  # folder with train/<class>/* and val/<class>/*
-    output: str = ""  # folder of the run's files; default: runs/MODEL-SIZE
-    micro_batch_size: int = 0  # most images on a device at once; default: the paper's
+    output: str = ""  # folder of the run's files; default: runs/DATA-MODEL-SIZE
+    micro_batch_size: int = 0  # most images that a device computes at once; default: the paper's
     grad_checkpointing: bool = False  # compute the blocks twice: slower, much less memory
     workers: int = min(8, os.cpu_count() or 1)  # loader processes per device
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto is cuda if there is a GPU
@@ -1103,7 +1022,7 @@ class Options:
 
 
 def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
-    """The recipe of a run: what is given, else the nearest recipe's, with its rules for few images.
+    """The recipe of a run: what is given, else the nearest recipe's, adjusted for few images.
 
     Examples with one device and ViT-B/16 at 224 pixels: 1,500 images give batch size 32, 46 steps
     per epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
@@ -1114,14 +1033,14 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
 
     # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
     # epoch, because with too few optimizer steps the model underfits. But at least 32 images: the
-    # gradient of fewer is mostly noise, in which CLIP's features are lost. Where the devices do not
-    # divide it, each gets a multiple of eight images, which has equal parts of many sizes.
+    # gradient of fewer is mostly noise, in which CLIP's features are lost. If the devices do not
+    # divide it, each gets a multiple of eight images, which can be cut evenly into micro-batches.
     largest = 2 ** int(math.log2(max(32, recipe.num_images // 32)))
     default_batch = min(nearest.batch_size, largest, recipe.num_images)
     if "batch_size" not in given:
         per_device = max(1, default_batch // devices)
-        if default_batch % devices:
-            per_device -= per_device % min(8, per_device)
+        if default_batch % devices and per_device > 8:
+            per_device -= per_device % 8
         recipe.batch_size = devices * per_device
     possible = min(recipe.batch_size, recipe.num_images) // devices * devices
     if recipe.batch_size != possible:
@@ -1130,14 +1049,17 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
             f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
         )
 
-    # Learning rate: the recipe's, also for the smaller default batch of few images. Such a run has
-    # few steps, and with a smaller lr it would end near its start. A batch below the default scales
-    # lr by its square root. Half of it makes twice the steps. AdamW divides the gradient by its own
-    # size, so that noise moves the weights by lr * sqrt(steps) in all (arXiv 2205.10287).
+    # Learning rate: a default batch keeps the recipe's, even if it is smaller. Such a run has few
+    # steps, and with a smaller lr it would end near its start. A smaller batch than the default
+    # divides lr by the root of the ratio. Half the batch makes twice the steps, and as AdamW
+    # divides out the gradient's size, noise moves the weights by about lr * sqrt(steps) (arXiv
+    # 2205.10287). A larger batch keeps the recipe's lr, since a higher one can lose CLIP's
+    # features.
     if "lr" not in given:
         recipe.lr = nearest.lr * math.sqrt(min(1.0, recipe.batch_size / default_batch))
 
-    # Schedule: the recipe's epochs, but at least 500 steps, and warm-up keeps its share of them.
+    # Schedule: the recipe's epochs, but at least 500 steps, which the new head needs to learn.
+    # Warm-up keeps its share of the epochs.
     if "epochs" not in given:
         recipe.epochs = max(nearest.epochs, math.ceil(500 / recipe.steps_per_epoch))
     if "warmup_epochs" not in given:
@@ -1146,7 +1068,7 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs:g} leaves no epoch: lower it")
 
     # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps, 16 % of the run of
-    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. Over 5,000 steps, its
+    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. With 5,000 steps its
     # EMA would still consist mostly of the starting weights.
     if "ema_decay" not in given:
         share = min(1.0, recipe.total_steps / nearest.total_steps)
@@ -1160,8 +1082,9 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
 def model_config(model: str | dict) -> dict:
     """Configuration of a plain vision transformer: {"quick_gelu": bool, "vision_cfg": {...}}.
 
-    `model` is an open_clip name, the path of a JSON file as open_clip and its hub have them, or the
-    contents of such a file. Raises UserError for an unknown model, or one that is no plain ViT.
+    `model` is an open_clip name, the path of a JSON file in the format of open_clip or of its files
+    on the hub, or the contents of such a file. Raises UserError for an unknown model, and for one
+    that is not a plain ViT.
     """
     config = model
     try:
@@ -1171,10 +1094,12 @@ def model_config(model: str | dict) -> dict:
             import open_clip  # not at the top: it takes seconds, and not each use needs it
 
             config = open_clip.get_model_config(model)
-    except Exception as error:  # of JSON, or one of many of the hub
+    except Exception as error:  # JSON's own, or one of many from the hub
         raise UserError(f"cannot read --model {model} ({error})") from error
     if not config:
-        raise UserError(f"--model {model} is no file and no open_clip model such as ViT-B-16")
+        raise UserError(
+            f"--model {model} is neither a file nor an open_clip model such as ViT-B-16"
+        )
     config = config.get("model_cfg", config)  # the hub's files have it one level down
     vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
     vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
@@ -1183,50 +1108,62 @@ def model_config(model: str | dict) -> dict:
         if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
             vision[key] = value
         elif value and key not in without_effect:
-            raise UserError(f"--model {model} is no plain ViT such as ViT-B-16: {key} is {value}")
+            raise UserError(
+                f"--model {model} is not a plain ViT such as ViT-B-16: {key} is {value}"
+            )
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
+
+
+def find_tag(model: str | dict, pretrained: str) -> dict:
+    """What open_clip knows of a tag: where its weights are, and whether they need QuickGELU."""
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(str(model), pretrained)
+    if not tag:
+        tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
+        raise UserError(f"--pretrained {pretrained} is no file and no tag: give one of {tags}")
+    return tag
 
 
 def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor], bool | None]:
     """Weights of a trunk from a tag or a file, and whether they need QuickGELU (None: unknown).
 
-    A file may be open_clip's, safetensors, OpenAI's TorchScript archive, or a best.pt, of an image
-    encoder or a whole CLIP, with any prefix before the names. Nothing in a pickle is executed. On
-    the meta device a tag is looked up and not downloaded: a dry run needs no numbers.
+    A file may be from open_clip, safetensors, OpenAI's TorchScript archive, or a best.pt. It may
+    hold an image encoder or a whole CLIP, with any prefix before the names. Nothing in a pickle is
+    executed.
     """
     import open_clip
 
+    path = pretrained
     quick_gelu = None
-    tag = None
-    if not os.path.isfile(pretrained):
-        tag = open_clip.get_pretrained_cfg(str(model), pretrained)
-        if not tag:
-            tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
-            raise UserError(f"--pretrained {pretrained} is no file and no tag: give one of {tags}")
-        # open_clip does not switch QuickGELU on for OpenAI's weights, but its list of tags knows.
-        quick_gelu = tag.get("quick_gelu", False)
-        if torch.get_default_device().type == "meta":
-            return {}, quick_gelu
+    is_file = os.path.isfile(pretrained)
     try:
-        path = open_clip.download_pretrained(tag) if tag else pretrained
+        if not is_file:
+            tag = find_tag(model, pretrained)
+            quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
+            path = open_clip.download_pretrained(tag)
         # Training scripts often save their flags, an argparse.Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 weights = open_clip.factory.load_state_dict(path)
             except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
                 weights = torch.jit.load(path, map_location="cpu").state_dict()
-    except Exception as error:  # the hub, zip, pickle, safetensors and torch each have their own
+    except UserError:
+        raise
+    except Exception as error:  # the hub, zip, pickle, safetensors and torch raise different ones
         reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
         raise UserError(
-            f"cannot load --pretrained {pretrained} ({reason}): give a whole file, or a tag with a "
-            "network; without both, see From scratch in README"
+            f"cannot load --pretrained {pretrained} ({reason}): give an intact file, or a tag with "
+            "a network; without both, see From scratch in README"
         ) from error
     if "input_resolution" in weights:  # which only OpenAI's own files have
         quick_gelu = True
     if "model_config" in weights:  # a best.pt or last.pt of this program
         quick_gelu = weights["model_config"]["quick_gelu"]
     for key in ("ema", "model", "model_ema"):
-        weights = weights.get(key, weights)
+        if key in weights:
+            weights = weights[key]
+            break
 
     # The trunk is where conv1 is: behind "visual." in a whole CLIP, "module.visual." after DDP,
     # "trunk." in a best.pt of this program. Other parts are left behind.
@@ -1253,7 +1190,7 @@ def build_model(
     train_blocks: int | None = None,
     freeze_patch_embed: bool = False,
 ) -> CLIPClassifier:
-    """A CLIP trunk with the FT-CLIP head, float32. Its attribute `config` makes the same again.
+    """A CLIP trunk with the FT-CLIP head, float32. Its `config`, as `model`, builds the same again.
 
     `model` is an open_clip name, a JSON file or a configuration. `pretrained` is an open_clip tag,
     a weights file, or "none" for random weights. None stands for the model's own image size, and
@@ -1265,7 +1202,7 @@ def build_model(
     weights = {}
     if pretrained != "none":
         weights, needed = read_weights(model, pretrained)
-        config["quick_gelu"] = config["quick_gelu"] or needed
+        config["quick_gelu"] = config["quick_gelu"] or needed  # None is unknown
     if quick_gelu is not None:
         config["quick_gelu"] = quick_gelu
     if config["quick_gelu"] is None:
@@ -1273,8 +1210,8 @@ def build_model(
             f"--pretrained {pretrained} does not say its activation: give --quick-gelu for weights "
             "of OpenAI, MetaCLIP, DFN or LAION-400M's ViT-B-32, else --no-quick-gelu"
         )
-    place = torch.device("meta") if weights else contextlib.nullcontext()  # no random weights
-    with place:
+    # On the meta device no random weights are drawn, only to be replaced by load_trunk.
+    with torch.device("meta") if weights else contextlib.nullcontext():
         trunk = VisionTransformer(**vision, quick_gelu=config["quick_gelu"], drop_path=drop_path)
     if weights:
         try:
@@ -1291,7 +1228,7 @@ FORMAT = "ftclip 4"  # of checkpoints; another number when they change
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write a file on the first process, so that it always is the old or the new one, whole."""
+    """Write a file on the first process. It always is the complete old or the complete new one."""
     if rank_and_world()[0] > 0:
         return
     path = Path(path)
@@ -1303,7 +1240,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())  # on the disk, before the name points to it
         part.replace(path)
-    except RuntimeError as error:  # torch's, which hides the disk's
+    except RuntimeError as error:  # torch hides the OSError behind it
         raise UserError(f"cannot write {path} ({error.__context__ or error})") from error
     finally:
         part.unlink(missing_ok=True)  # it is still there after a failure
@@ -1319,9 +1256,9 @@ def load_checkpoint(path: str | Path) -> dict:
             if archive.testzip():  # checks the checksums, which torch.load does not
                 raise zipfile.BadZipFile("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, zlib, pickle and torch each have their own
+    except Exception as error:  # zip, zlib, pickle and torch raise different ones
         reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
-        raise UserError(f"cannot read checkpoint {path} ({reason}): give a whole one") from error
+        raise UserError(f"cannot read checkpoint {path} ({reason}): give an intact one") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} has format {found}, not {FORMAT}: it is of another version")
@@ -1334,7 +1271,8 @@ def load_classifier(
     """A trained model for use, with the EMA weights of a best.pt or last.pt.
 
     Returns the model in evaluation mode, the class names in the order of its outputs, and the
-    transform from an image of read_image or Pillow to the float32 (3, S, S) that it takes.
+    transform from an image, of read_image or a Pillow image, to the float32 (3, S, S) that it
+    takes.
     """
     state = load_checkpoint(path)
     model = build_model(state["model_config"], len(state["classes"]))
@@ -1344,14 +1282,14 @@ def load_classifier(
     return model.eval().to(device), state["classes"], transform
 
 
-def load_last(output: Path, recipe: Recipe, vision: dict, classes: list[str]) -> dict:
-    """Contents of last.pt if the run has begun before, else {"step": 0}.
+def load_last(recipe: Recipe, options: Options, vision: dict, classes: list[str]) -> dict:
+    """Contents of last.pt if this run was started before, else {"step": 0}.
 
     Raises UserError if going on would mix two runs or overwrite weights.
     """
-    last = output / "last.pt"
-    if not last.exists() and (output / "best.pt").exists():
-        raise UserError(f"{output} has a best.pt, but no last.pt: give another --output")
+    last = Path(options.output, "last.pt")
+    if not last.exists() and last.with_name("best.pt").exists():
+        raise UserError(f"{options.output} has a best.pt, but no last.pt: give another --output")
     state = load_checkpoint(last) if last.exists() else {"step": 0}
     now = asdict(recipe) | vision
     del now["model"]  # a name or a path; its configuration is compared
@@ -1369,16 +1307,18 @@ def load_last(output: Path, recipe: Recipe, vision: dict, classes: list[str]) ->
         views = [None] * world
         dist.all_gather_object(views, (now, state["step"]))
         if any(view != views[0] for view in views):
-            raise UserError(f"processes see different images, or another {last}: share both")
+            raise UserError(
+                f"nodes see different images or another {last}: put both on a shared disk"
+            )
     return state
 
 
-def lock(output: Path) -> object:
+def lock(output: str) -> object:
     """Keep other runs out of a folder, until this process ends or the result is deleted."""
     import fcntl  # not at the top: Windows does not have it, and can use best.pt all the same
 
-    output.mkdir(parents=True, exist_ok=True)
-    file = open(output / ".lock", "w")  # noqa: SIM115
+    os.makedirs(output, exist_ok=True)
+    file = open(f"{output}/.lock", "w")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -1388,19 +1328,137 @@ def lock(output: Path) -> object:
     return file
 
 
+LOG_STEPS = 20  # between reports, because reading a loss waits for the GPU
+
+
+class Progress:
+    """What a run has done so far: steps, losses, and a record of each epoch. Saves and prints it.
+
+    last.pt has all that is needed to resume: `about` (recipe, classes, model_config), the states of
+    `parts`, and the progress. It is saved at the first report, so that a full disk is noticed at
+    once, then at the first report after save_minutes, and at the end. best.pt has `about`, the EMA
+    weights and the record of the best epoch. On a tie the later epoch wins: it has learned more.
+    """
+
+    def __init__(self, recipe: Recipe, options: Options, about: dict, state: dict) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.about = about
+        self.state = state  # of last.pt
+        self.step = state["step"]  # optimizer steps done
+        self.loss_sum = state.get("loss_sum", 0.0)  # of the reported steps of this epoch
+        self.history = state.get("history", [])  # a record of each epoch
+        self.losses = []  # since the last report
+        self.reported = time.monotonic()
+        self.saved = -math.inf
+
+    def restore(self, model: nn.Module, ema: nn.Module, optimizer: object, scaler: object) -> None:
+        self.parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+        for name, part in self.parts.items():
+            if self.state.get(name):  # the scaler of a run without fp16 is empty
+                part.load_state_dict(self.state[name])
+        self.state = {}  # gigabytes
+
+    def finish_step(self, loss: Tensor, lr: float) -> None:
+        """Count the step. Each LOG_STEPS, and at an epoch's end, check and print the losses.
+
+        Raises UserError, in all processes, if a loss or a weight is not finite. A run that has
+        diverged must stop before it is saved.
+        """
+        self.losses.append(loss)
+        self.step += 1
+        epoch_ends = self.step % self.recipe.steps_per_epoch == 0
+        if not epoch_ends and (self.step - 1) % LOG_STEPS > 0:
+            return
+        means = all_sum(torch.stack(self.losses) / rank_and_world()[1]).tolist()
+        # A finite loss can have an infinite gradient, which shows in the weights.
+        weight_norm = nn.utils.get_total_norm(self.parts["model"].parameters()).item()
+        if not math.isfinite(sum(means) + weight_norm):
+            raise UserError(
+                f"the loss ({means[-1]:g}) or a weight is not finite at step {self.step}: resume "
+                "from last.pt with --amp none, or start anew with a lower --lr"
+            )
+        self.loss_sum += sum(means)
+        speed = len(means) / (time.monotonic() - self.reported)
+        left = timedelta(seconds=round((self.recipe.total_steps - self.step) / speed))
+        text = f"step {self.step:,}  loss {means[-1]:.4f}  lr {lr:.2e}"
+        text += f"  {speed * self.recipe.batch_size:,.0f} images/s  {left} left"
+        if self.options.device == "cuda":
+            text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        log(text, end="\r" if sys.stdout.isatty() else "\n")
+        self.losses.clear()
+        self.reported = time.monotonic()
+
+    def wants_accuracy(self) -> bool:
+        epoch = len(self.history) + 1
+        every = self.options.eval_every
+        return epoch == self.recipe.epochs or (every > 0 and epoch % every == 0)
+
+    def finish_epoch(self, accuracy: dict, lr: float) -> None:
+        """Add a record to the history and to metrics.jsonl. Save best.pt if it is the best."""
+        mean_loss = self.loss_sum / self.recipe.steps_per_epoch
+        record = {"epoch": len(self.history) + 1, "train_loss": mean_loss, "lr": lr} | accuracy
+        self.loss_sum = 0.0
+        self.history.append(record)
+        if accuracy:
+            past = reversed(self.history)  # max takes the first of equals, here the latest
+            best = max(past, key=lambda other: other.get("ema_top1", 0.0))
+            record |= {"best_ema_top1": best["ema_top1"], "best_epoch": best["epoch"]}
+            if best is record:
+                weights = {"ema": self.parts["ema"].state_dict(), "record": record}
+                save_checkpoint(f"{self.options.output}/best.pt", self.about | weights)
+        text = "  ".join(f"{key} {value:.5g}" for key, value in record.items())
+        log(text.ljust(100))  # covers the line of the last step
+        if rank_and_world()[0] == 0:
+            lines = [{"recipe": asdict(self.recipe)}, *self.history]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            Path(self.options.output, "metrics.jsonl").write_text(text)
+        self.reported = time.monotonic()
+
+    def save_when_due(self) -> None:
+        due = time.monotonic() - self.saved >= 60 * self.options.save_minutes
+        if self.losses or not (due or self.step == self.recipe.total_steps):
+            return  # some losses are not checked yet, or it is not time
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        numbers = {"step": self.step, "loss_sum": self.loss_sum, "history": self.history}
+        save_checkpoint(f"{self.options.output}/last.pt", self.about | states | numbers)
+        self.saved = time.monotonic()
+        self.reported = time.monotonic()
+
+
+def log(text: str, end: str = "\n") -> None:
+    """Print on the first process only."""
+    if rank_and_world()[0] == 0:
+        print(text, end=end, flush=True)
+
+
+def to_rgb(image: Image.Image) -> Tensor:
+    """A Pillow image of any mode as RGB, uint8 (3, H, W). Of 16 bits it keeps the upper eight.
+
+    Raises ValueError for float pixels, whose range is not known.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range")
+    if image.mode.startswith("I"):
+        grey = TF.pil_to_tensor(image.convert("I"))
+        return (grey >> 8).to(torch.uint8).expand(3, -1, -1)
+    return TF.pil_to_tensor(image.convert("RGB"))
+
+
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as RGB, uint8 (3, H, W), whatever its own mode and format are.
 
-    torchvision decodes JPEGs twice as fast as Pillow. Pillow reads everything else, and JPEGs too
-    if torchvision has no decoder: it has announced to remove it. EXIF rotation is ignored, as in
-    the official code. Raises UserError, which names the file, if it is damaged.
+    torchvision decodes JPEGs twice as fast as Pillow, but has announced to drop its decoder. Pillow
+    then reads them too, as it reads all else. EXIF rotation is ignored, as in the official code.
+    Raises UserError, which names the file, if it is damaged.
     """
     try:
-        with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decoder
-            return torchvision.io.decode_jpeg(torchvision.io.read_file(str(path)), "RGB")
+        if str(path).lower().endswith((".jpg", ".jpeg")):
+            with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decoder
+                return torchvision.io.decode_jpeg(torchvision.io.read_file(str(path)), "RGB")
         with Image.open(path) as file:
             return to_rgb(file)
-    except Exception as error:  # each decoder has its own
+    except Exception as error:  # each decoder raises different ones
         raise UserError(f"cannot read image {path} ({error}): replace it and run again") from error
 
 
@@ -1414,10 +1472,10 @@ class FolderDataset(Dataset):
     alone, so it is the same in any process, worker and restart. The key index gives an image for
     evaluation. Both return (transform(image), label), where `transform` takes uint8 (3, H, W).
 
-    What begins with a dot is left out, because systems and notebooks put copies there. `left_out`
-    lists the other files that are no images by the ending of their name. For validation, `classes`
-    are those of training, so that labels are the same. A class may then have no images. Raises
-    UserError or an OSError for folders that cannot be used in this way.
+    Names that begin with a dot are ignored, such as .ipynb_checkpoints. `left_out` lists the files
+    that are skipped because of their ending. For validation, `classes` are those of training, so
+    that labels are the same, and a class may have no images. Raises UserError or an OSError for
+    folders that cannot be used in this way.
     """
 
     def __init__(
@@ -1435,13 +1493,16 @@ class FolderDataset(Dataset):
         self.classes = found if classes is None else classes
         new = sorted(set(found) - set(self.classes))
         if new:
-            raise UserError(f"{root} has the class {new[0]}, which training has not: remove it")
+            raise UserError(
+                f"{root} has the class {new[0]}, which training does not have: remove it"
+            )
         labels = {name: label for label, name in enumerate(self.classes)}
         self.samples = make_dataset(
             root, labels, is_valid_file=self.is_image, allow_empty=True
         )  # (path, label)
         used = {label for _, label in self.samples}
-        if len(used) < len(self.classes) and (classes is None or not used):
+        may_lack = classes is not None and used
+        if len(used) < len(self.classes) and not may_lack:
             empty = next(name for name, label in labels.items() if label not in used)
             endings = ", ".join(IMAGE_ENDINGS)
             raise UserError(f"{root}/{empty} has no file that ends in {endings}")
@@ -1479,10 +1540,10 @@ def open_folders(options: Options, seed: int) -> tuple[FolderDataset, FolderData
         all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
     train_set = FolderDataset(data / "train", seed=seed)
     val_set = FolderDataset(data / "val", classes=train_set.classes)
-    for split, images in (("training", train_set), ("validation", val_set)):
-        log(f"{len(images):,} {split} images in {images.root}")
-        if images.left_out:
-            log(f"  left out: {len(images.left_out):,} files such as {images.left_out[0]}")
+    for split, dataset in (("training", train_set), ("validation", val_set)):
+        log(f"{len(dataset):,} {split} images in {dataset.root}")
+        if dataset.left_out:
+            log(f"  left out: {len(dataset.left_out):,} files such as {dataset.left_out[0]}")
     log(f"{len(train_set.classes):,} classes: {', '.join(train_set.classes)[:60]}")
     return train_set, val_set
 
@@ -1555,9 +1616,9 @@ def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPCla
         if value != usual:
             log(f"  {name} {value} instead of {usual}")
     _, world = rank_and_world()
-    size = options.micro_batch_size
-    parts = recipe.batch_size // (world * size)
-    chain = f"{world} device(s) x {size} image(s) x {parts} micro-batch(es)"
+    micro = options.micro_batch_size
+    accumulation = recipe.batch_size // (world * micro)
+    chain = f"{world} device(s) x {micro} image(s) x {accumulation} micro-batch(es)"
     log(f"Batch: {recipe.batch_size} images per step = {chain}, {options.device} {options.amp}")
     steps = f"{recipe.epochs} epochs x {recipe.steps_per_epoch:,} steps = {recipe.total_steps:,}"
     log(f"Schedule: {steps} steps, {recipe.warmup_steps:,} of them warm-up")
@@ -1583,7 +1644,7 @@ def run_eval(options: Options) -> None:
     )
 
 
-# A tiny ViT from scratch. Nothing is pretrained, so that all layers learn at one pace.
+# A tiny ViT from scratch. Nothing is pretrained, so all layers have the same lr.
 DEMO = {
     "model": {"vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4}},
     "pretrained": "none",
@@ -1620,50 +1681,58 @@ def draw_demo(root: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what the flags say. Nothing but the demo's images is written before all is checked."""
+    """Do what the flags say. Nothing but the demo's images is written until all is checked."""
     given, options = parse_flags(argv)
     start_process(options)
     if options.eval:
         run_eval(options)
         return
     rank, world = rank_and_world()
-    model = given.get("model", B16.model)
-    vision = model_config(model)["vision_cfg"]
-    size = given.setdefault("image_size", vision["image_size"])
-    vision["image_size"] = size
-    output = Path(options.output or f"runs/{Path(model).stem}-{size}")
-    options.output = str(output)
+    name = given.get("model", B16.model)
+    vision = model_config(name)["vision_cfg"]
+    image_size = given.setdefault("image_size", vision["image_size"])
+    vision["image_size"] = image_size
+    if not options.output:
+        options.output = f"runs/{Path(options.data).name}-{Path(name).stem}-{image_size}"
 
-    # The nearest recipe: the paper's runs of a model of this depth, and of these by image size.
-    name = "ViT-L-14" if vision["layers"] > 12 else "ViT-B-16"
-    same_depth = [row for row in RECIPES if row[0].model == name]
-    nearest, most_images = min(same_depth, key=lambda row: abs(row[0].image_size - size))
+    # The nearest recipe: of the paper's runs with this depth, the one with the closest image size.
+    paper_model = "ViT-L-14" if vision["layers"] > 12 else "ViT-B-16"
+    runs = [run for run in RECIPES if run[0].model == paper_model]
+    nearest, most_images = min(runs, key=lambda run: abs(run[0].image_size - image_size))
     if options.dry_run and options.data in (Options.data, DEMO["data"]):
-        log(f"A dry run does not read {options.data}. Its images are assumed.")
+        log(f"A dry run assumes the number of images in {options.data}, without reading it.")
     else:
         train_set, val_set = open_folders(options, given.get("seed", 0))
         given |= {"num_images": len(train_set), "num_classes": len(train_set.classes)}
     recipe = resolve(nearest, given, world)
 
-    # As few equal micro-batches as possible. The batch does not depend on their size.
+    # Cut each device's share of a batch into as few equal micro-batches as possible.
     share = recipe.batch_size // world
-    parts = math.ceil(share / (options.micro_batch_size or most_images))
-    while share % parts:
-        parts += 1
-    options.micro_batch_size = share // parts
+    accumulation = math.ceil(share / (options.micro_batch_size or most_images))
+    while share % accumulation:
+        accumulation += 1
+    options.micro_batch_size = share // accumulation
 
     state = {"step": 0}
+    pretrained = recipe.pretrained
+    quick_gelu = recipe.quick_gelu
     if not options.dry_run:
-        state = load_last(output, recipe, vision, train_set.classes)
-    resumed = state["step"] > 0
+        state = load_last(recipe, options, vision, train_set.classes)
+    elif pretrained != "none" and not os.path.isfile(pretrained):
+        tag = find_tag(name, pretrained)  # a dry run does not download it
+        pretrained = "none"
+        quick_gelu = tag.get("quick_gelu", False) if quick_gelu is None else quick_gelu
+    if state["step"] > 0:
+        name = state["model_config"]  # which has the activation
+        pretrained = "none"  # because the state has the weights
     torch.manual_seed(recipe.seed)
     with torch.device("meta" if options.dry_run else "cpu"):  # meta: shapes without numbers
         classifier = build_model(
-            state["model_config"] if resumed else model,  # with the activation
+            name,
             recipe.num_classes,
-            "none" if resumed else recipe.pretrained,  # the state has the weights
-            size,
-            recipe.quick_gelu,
+            pretrained,
+            image_size,
+            quick_gelu,
             recipe.drop_path,
             recipe.train_blocks,
             recipe.freeze_patch_embed,
@@ -1672,27 +1741,25 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         return
 
-    held = lock(output) if rank == 0 else None
-    log(f"Output: {output}, from step {state['step']:,}")
+    held = lock(options.output) if rank == 0 else None
+    log(f"Output: {options.output}, from step {state['step']:,}")
     classifier.trunk.grad_checkpointing = options.grad_checkpointing
     classifier.to(options.device)
     randaug = RandAugment(recipe.randaug) if recipe.randaug > 0 else None
-    train_set.transform = train_transform(size, recipe.crop_scale, randaug)
-    val_set.transform = functools.partial(eval_transform, image_size=size)
-    run = Run(recipe, options, classifier, train_set.classes)
-    if resumed:
-        run.load_state_dict(state)
-    del state  # gigabytes
-    train(run, train_set, val_set)
-    del held
-    log(f"Finished: {output}/best.pt has the EMA weights of the best epoch on val")
+    train_set.transform = train_transform(image_size, recipe.crop_scale, randaug)
+    val_set.transform = functools.partial(eval_transform, image_size=image_size)
+    about = {"recipe": asdict(recipe), "classes": train_set.classes}
+    progress = Progress(recipe, options, about | {"model_config": classifier.config}, state)
+    train(recipe, options, classifier, train_set, val_set, progress)
+    del held  # opens the lock
+    log(f"Finished: {options.output}/best.pt has the EMA weights of the best epoch on val")
 
 
-def run() -> int:
+def cli() -> int:
     """main(), with a mistake as one sentence instead of a traceback. Returns the exit status."""
     try:
         main()
-        return 0  # without destroy_process_group(), in which gloo of torch 2.6 can wait for ever
+        return 0  # without destroy_process_group(), because gloo in torch 2.6 can hang there
     except (UserError, OSError) as error:
         text = str(error)
     except KeyboardInterrupt:
@@ -1700,7 +1767,7 @@ def run() -> int:
     except torch.OutOfMemoryError:
         text = "the GPU has not enough memory: halve --micro-batch-size, the batch stays the same"
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # rank 0 has most likely said the same, and torchrun now ends this process
+        time.sleep(5)  # let rank 0 print first; torchrun then ends this process
     # After an error in a loader worker, the text is a traceback that ends with the sentence.
     text = text.split("UserError: ")[-1].replace("\n", " ")
     print(f"ftclip: {text}", file=sys.stderr)
@@ -1708,4 +1775,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(cli())

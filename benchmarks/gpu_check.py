@@ -9,8 +9,8 @@ It needs the project's packages and pytest, draws its own images and writes to a
 Without a GPU, --small is the default. The parts:
 
     tests     the test suite's GPU tests
-    step      training steps of ftclip's and timm's models in alternation, eager and compiled: speed,
-              memory, share of the device's measured matrix rate, synchronization with the GPU
+    step      training steps of ftclip's and timm's models in alternation, eager and compiled:
+              speed, memory, share of the device's measured matrix rate, synchronization with it
     run       the demo in bf16 and fp16, SIGKILL and resume, --eval
     feed      ViT-B/16 on 500x375 JPEGs from the disk: speed
     torchrun  one process under torchrun, with NCCL
@@ -276,7 +276,7 @@ def run(folder: Path, deadline: float) -> None:
 
 
 def draw_photos(root: Path, drawn: int, copies: int) -> int:
-    """JPEGs of 500x375 pixels in four classes, each under several names. Returns their mean size."""
+    """JPEGs of 500x375 pixels in four classes, each under several names. Returns the mean size."""
     rng = random.Random(0)
     noise = Image.effect_noise((1000, 750), 80).convert("RGB").filter(ImageFilter.GaussianBlur(1))
     sizes = []
