@@ -69,7 +69,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 # ------------------------------------------------------------------------------------ in short
@@ -942,13 +943,13 @@ def train(
     classifier: CLIPClassifier,
     train_set: Dataset,
     val_set: Dataset,
-    progress: "Progress",
+    state: dict,
 ) -> None:
-    """The whole method put together. A resumed run enters the loop where last.pt was saved.
+    """The whole method put together. `state` is last.pt, or {} for a new run.
 
     The paper reports the epoch with the best EMA top-1, chosen on the images on which it is
     reported. best.pt has the EMA weights of this epoch. The last epoch's are lower: 84.7 instead of
-    85.7 % for ViT-B/16. `Progress`, in the program, prints, records and saves.
+    85.7 % for ViT-B/16. `Progress`, in the program, prints, records, saves and resumes.
     """
     num_layers = len(classifier.trunk.transformer["resblocks"])
     groups = param_groups(
@@ -958,7 +959,8 @@ def train(
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     ema = EMA(classifier, recipe.ema_decay)
     models = {"raw": classifier, "ema": ema.module}
-    progress.restore(classifier, ema.module, optimizer, scaler)
+    parts = {"model": classifier, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
+    progress = Progress(recipe, options, train_set.classes, parts, state)
 
     model = torch.compile(classifier) if options.compile else classifier
     if dist.is_initialized():
@@ -1136,11 +1138,12 @@ def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor],
 
     path = pretrained
     quick_gelu = None
-    is_file = os.path.isfile(pretrained)
+    tag = None
+    if not os.path.isfile(pretrained):
+        tag = find_tag(model, pretrained)
+        quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
     try:
-        if not is_file:
-            tag = find_tag(model, pretrained)
-            quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
+        if tag:
             path = open_clip.download_pretrained(tag)
         # Training scripts often save their flags, an argparse.Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -1148,13 +1151,11 @@ def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor],
                 weights = open_clip.factory.load_state_dict(path)
             except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
                 weights = torch.jit.load(path, map_location="cpu").state_dict()
-    except UserError:
-        raise
     except Exception as error:  # the hub, zip, pickle, safetensors and torch raise different ones
         reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
         raise UserError(
             f"cannot load --pretrained {pretrained} ({reason}): give an intact file, or a tag with "
-            "a network; without both, see From scratch in README"
+            "a network"
         ) from error
     if "input_resolution" in weights:  # which only OpenAI's own files have
         quick_gelu = True
@@ -1283,17 +1284,17 @@ def load_classifier(
 
 
 def load_last(recipe: Recipe, options: Options, vision: dict, classes: list[str]) -> dict:
-    """Contents of last.pt if this run was started before, else {"step": 0}.
+    """Contents of last.pt if this run was started before, else {}.
 
     Raises UserError if going on would mix two runs or overwrite weights.
     """
     last = Path(options.output, "last.pt")
     if not last.exists() and last.with_name("best.pt").exists():
         raise UserError(f"{options.output} has a best.pt, but no last.pt: give another --output")
-    state = load_checkpoint(last) if last.exists() else {"step": 0}
+    state = load_checkpoint(last) if last.exists() else {}
     now = asdict(recipe) | vision
     del now["model"]  # a name or a path; its configuration is compared
-    if last.exists():
+    if state:
         before = state["recipe"] | state["model_config"]["vision_cfg"]
         changes = [f"{key} {before[key]} → {now[key]}" for key in now if now[key] != before[key]]
         changes += [f"class {name}" for name in sorted(set(classes) ^ set(state["classes"]))]
@@ -1305,7 +1306,7 @@ def load_last(recipe: Recipe, options: Options, vision: dict, classes: list[str]
     _, world = rank_and_world()
     if world > 1:  # perhaps on nodes without a common disk
         views = [None] * world
-        dist.all_gather_object(views, (now, state["step"]))
+        dist.all_gather_object(views, (now, state.get("step")))
         if any(view != views[0] for view in views):
             raise UserError(
                 f"nodes see different images or another {last}: put both on a shared disk"
@@ -1340,24 +1341,23 @@ class Progress:
     weights and the record of the best epoch. On a tie the later epoch wins: it has learned more.
     """
 
-    def __init__(self, recipe: Recipe, options: Options, about: dict, state: dict) -> None:
+    def __init__(
+        self, recipe: Recipe, options: Options, classes: list[str], parts: dict, state: dict
+    ) -> None:
         self.recipe = recipe
         self.options = options
-        self.about = about
-        self.state = state  # of last.pt
-        self.step = state["step"]  # optimizer steps done
+        self.parts = parts
+        config = parts["model"].config
+        self.about = {"recipe": asdict(recipe), "classes": classes, "model_config": config}
+        self.step = state.get("step", 0)  # optimizer steps done
         self.loss_sum = state.get("loss_sum", 0.0)  # of the reported steps of this epoch
         self.history = state.get("history", [])  # a record of each epoch
+        for name, part in parts.items():
+            if state.get(name):  # the scaler of a run without fp16 is empty
+                part.load_state_dict(state[name])
         self.losses = []  # since the last report
         self.reported = time.monotonic()
         self.saved = -math.inf
-
-    def restore(self, model: nn.Module, ema: nn.Module, optimizer: object, scaler: object) -> None:
-        self.parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-        for name, part in self.parts.items():
-            if self.state.get(name):  # the scaler of a run without fp16 is empty
-                part.load_state_dict(self.state[name])
-        self.state = {}  # gigabytes
 
     def finish_step(self, loss: Tensor, lr: float) -> None:
         """Count the step. Each LOG_STEPS, and at an epoch's end, check and print the losses.
@@ -1465,8 +1465,8 @@ def read_image(path: str | Path) -> Tensor:
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 
 
-class FolderDataset(Dataset):
-    """Images in ROOT/<class>/*, at any depth below the class, as torchvision lists them.
+class FolderDataset(ImageFolder):
+    """Images in ROOT/<class>/*, at any depth below the class, as torchvision's ImageFolder.
 
     The key (epoch, index) gives a training sample. Its randomness follows from (seed, epoch, index)
     alone, so it is the same in any process, worker and restart. The key index gives an image for
@@ -1485,50 +1485,44 @@ class FolderDataset(Dataset):
         seed: int = 0,
         classes: list[str] | None = None,
     ) -> None:
-        self.root = str(root)
-        self.transform = transform
         self.seed = seed
+        self.known_classes = classes
         self.left_out = []
-        found = [name for name in find_classes(root)[0] if not name.startswith(".")]
-        self.classes = found if classes is None else classes
-        new = sorted(set(found) - set(self.classes))
+        super().__init__(
+            str(root),
+            transform,
+            loader=read_image,
+            is_valid_file=self.is_image,
+            allow_empty=classes is not None,
+        )
+        if len(self.classes) < 2 or not self.samples:
+            raise UserError(
+                f"{root} has {len(self)} images of the classes {self.classes}: put images of two or "
+                f"more into {root}/<class>/, with names that end in {', '.join(IMAGE_ENDINGS)}"
+            )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        found, _ = super().find_classes(directory)
+        found = [name for name in found if not name.startswith(".")]
+        classes = self.known_classes or found
+        new = sorted(set(found) - set(classes))
         if new:
-            raise UserError(
-                f"{root} has the class {new[0]}, which training does not have: remove it"
-            )
-        labels = {name: label for label, name in enumerate(self.classes)}
-        self.samples = make_dataset(
-            root, labels, is_valid_file=self.is_image, allow_empty=True
-        )  # (path, label)
-        used = {label for _, label in self.samples}
-        may_lack = classes is not None and used
-        if len(used) < len(self.classes) and not may_lack:
-            empty = next(name for name, label in labels.items() if label not in used)
-            endings = ", ".join(IMAGE_ENDINGS)
-            raise UserError(f"{root}/{empty} has no file that ends in {endings}")
-        if len(self.classes) < 2:
-            raise UserError(
-                f"{root} has only the class {found[0]}: put images into {root}/<class>/"
-            )
+            raise UserError(f"{directory} has the class {new[0]}, which training does not have")
+        return classes, {name: label for label, name in enumerate(classes)}
 
     def is_image(self, path: str) -> bool:
-        if f"{os.sep}." in path[len(self.root) :]:
-            return False
-        if path.lower().endswith(IMAGE_ENDINGS):
-            return True
-        self.left_out.append(path)
-        return False
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        is_hidden = f"{os.sep}." in path[len(self.root) :]
+        is_known = path.lower().endswith(IMAGE_ENDINGS)
+        if not is_hidden and not is_known:
+            self.left_out.append(path)
+        return is_known and not is_hidden
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index = key
         if isinstance(key, tuple):
             epoch, index = key
             seed_generators(f"sample {self.seed} {epoch} {index}")
-        path, label = self.samples[index]
-        return self.transform(read_image(path)), label
+        return super().__getitem__(index)
 
 
 def open_folders(options: Options, seed: int) -> tuple[FolderDataset, FolderDataset]:
@@ -1713,7 +1707,7 @@ def main(argv: list[str] | None = None) -> None:
         accumulation += 1
     options.micro_batch_size = share // accumulation
 
-    state = {"step": 0}
+    state = {}
     pretrained = recipe.pretrained
     quick_gelu = recipe.quick_gelu
     if not options.dry_run:
@@ -1722,7 +1716,7 @@ def main(argv: list[str] | None = None) -> None:
         tag = find_tag(name, pretrained)  # a dry run does not download it
         pretrained = "none"
         quick_gelu = tag.get("quick_gelu", False) if quick_gelu is None else quick_gelu
-    if state["step"] > 0:
+    if state:
         name = state["model_config"]  # which has the activation
         pretrained = "none"  # because the state has the weights
     torch.manual_seed(recipe.seed)
@@ -1742,15 +1736,13 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     held = lock(options.output) if rank == 0 else None
-    log(f"Output: {options.output}, from step {state['step']:,}")
+    log(f"Output: {options.output}, from step {state.get('step', 0):,}")
     classifier.trunk.grad_checkpointing = options.grad_checkpointing
     classifier.to(options.device)
     randaug = RandAugment(recipe.randaug) if recipe.randaug > 0 else None
     train_set.transform = train_transform(image_size, recipe.crop_scale, randaug)
     val_set.transform = functools.partial(eval_transform, image_size=image_size)
-    about = {"recipe": asdict(recipe), "classes": train_set.classes}
-    progress = Progress(recipe, options, about | {"model_config": classifier.config}, state)
-    train(recipe, options, classifier, train_set, val_set, progress)
+    train(recipe, options, classifier, train_set, val_set, state)
     del held  # opens the lock
     log(f"Finished: {options.output}/best.pt has the EMA weights of the best epoch on val")
 
