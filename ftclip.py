@@ -22,19 +22,19 @@ and printing. To use a piece elsewhere, copy it with the imports and with the na
 a name on the right has a row of its own, copy that row too.
 
     lr_at, train_step, CLIPClassifier, RandAugment, random_erasing    nothing more
-    EMA                               UserError
-    param_groups                      layer_id, or a function like it for the names of your model
-    train_transform                   augment
-    normalize                         CLIP_MEAN, CLIP_STD
-    eval_transform                    to_rgb, normalize
-    read_image                        to_rgb, UserError
-    FolderDataset                     read_image, seed_generators, IMAGE_ENDINGS
-    micro_batch_keys                  Recipe
-    evaluate                          all_sum
-    build_model                       the part "model", model_config, find_tag, read_weights
-    save_checkpoint                   rank_and_world, FORMAT, UserError
-    load_checkpoint                   FORMAT, UserError
-    load_classifier                   build_model, eval_transform, load_checkpoint
+    EMA, explain            UserError
+    param_groups            layer_id, or a function like it for the names of your model
+    train_transform         augment
+    normalize               CLIP_MEAN, CLIP_STD
+    eval_transform          to_rgb, normalize
+    read_image              to_rgb, explain
+    FolderDataset           read_image, seed_generators, IMAGE_ENDINGS
+    micro_batch_keys        Recipe
+    evaluate                all_sum
+    build_model             the part "model", model_config, read_weights, find_tag, explain
+    save_checkpoint         rank_and_world, FORMAT, UserError
+    load_checkpoint         FORMAT, explain
+    load_classifier         build_model, eval_transform, load_checkpoint
 
 "Official" means the paper's own code, github.com/LightDXY/FT-CLIP at commit 3f9cefa.
 """
@@ -1000,6 +1000,16 @@ class UserError(ValueError):
     """A mistake that the user can correct. The program prints it as one sentence."""
 
 
+@contextlib.contextmanager
+def explain(what: str) -> Iterator[None]:
+    """Turn whatever a reader of files raises into a UserError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # JSON, zip, pickle, decoders, torch and the hub have their own
+        reason = " ".join(str(error).split(". ")[0].split())  # torch goes on with dangerous advice
+        raise UserError(f"{what} ({reason[:300]})") from error
+
+
 @dataclass
 class Options:
     """Where and how a run is computed. These flags may change when it is resumed.
@@ -1089,19 +1099,15 @@ def model_config(model: str | dict) -> dict:
     that is not a plain ViT.
     """
     config = model
-    try:
+    with explain(f"cannot read --model {model}"):
         if os.path.isfile(str(model)):
             config = json.loads(Path(model).read_text())
         elif isinstance(model, str):
             import open_clip  # not at the top: it takes seconds, and not each use needs it
 
             config = open_clip.get_model_config(model)
-    except Exception as error:  # JSON's own, or one of many from the hub
-        raise UserError(f"cannot read --model {model} ({error})") from error
     if not config:
-        raise UserError(
-            f"--model {model} is neither a file nor an open_clip model such as ViT-B-16"
-        )
+        raise UserError(f"--model {model} is no file and no open_clip model such as ViT-B-16")
     config = config.get("model_cfg", config)  # the hub's files have it one level down
     vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
     vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
@@ -1110,9 +1116,7 @@ def model_config(model: str | dict) -> dict:
         if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
             vision[key] = value
         elif value and key not in without_effect:
-            raise UserError(
-                f"--model {model} is not a plain ViT such as ViT-B-16: {key} is {value}"
-            )
+            raise UserError(f"--model {model} is not a plain ViT, because {key} is {value}")
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
 
 
@@ -1136,27 +1140,19 @@ def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor],
     """
     import open_clip
 
-    path = pretrained
     quick_gelu = None
-    tag = None
+    tag = {}
     if not os.path.isfile(pretrained):
         tag = find_tag(model, pretrained)
         quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
-    try:
-        if tag:
-            path = open_clip.download_pretrained(tag)
-        # Training scripts often save their flags, an argparse.Namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                weights = open_clip.factory.load_state_dict(path)
-            except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
-                weights = torch.jit.load(path, map_location="cpu").state_dict()
-    except Exception as error:  # the hub, zip, pickle, safetensors and torch raise different ones
-        reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
-        raise UserError(
-            f"cannot load --pretrained {pretrained} ({reason}): give an intact file, or a tag with "
-            "a network"
-        ) from error
+    # Training scripts often save their flags, an argparse.Namespace, beside the weights.
+    trusted = torch.serialization.safe_globals([argparse.Namespace])
+    with explain(f"cannot load --pretrained {pretrained}"), trusted:
+        path = open_clip.download_pretrained(tag) or pretrained
+        try:
+            weights = open_clip.factory.load_state_dict(path)
+        except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
+            weights = torch.jit.load(path, map_location="cpu").state_dict()
     if "input_resolution" in weights:  # which only OpenAI's own files have
         quick_gelu = True
     if "model_config" in weights:  # a best.pt or last.pt of this program
@@ -1215,10 +1211,8 @@ def build_model(
     with torch.device("meta") if weights else contextlib.nullcontext():
         trunk = VisionTransformer(**vision, quick_gelu=config["quick_gelu"], drop_path=drop_path)
     if weights:
-        try:
+        with explain(f"--pretrained {pretrained} does not fit {model}"):
             load_trunk(trunk, weights)
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"--pretrained {pretrained} does not fit {model}: {error}") from error
     classifier = CLIPClassifier(trunk, vision["width"], num_classes)
     classifier.config = config
     freeze(classifier, train_blocks, freeze_patch_embed)
@@ -1252,14 +1246,11 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Raises UserError for a file that is missing, damaged, or not of this format.
     """
-    try:
+    with explain(f"cannot read checkpoint {path}"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # checks the checksums, which torch.load does not
                 raise zipfile.BadZipFile("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, zlib, pickle and torch raise different ones
-        reason = str(error).split(". ")[0]  # torch goes on to advise weights_only=False
-        raise UserError(f"cannot read checkpoint {path} ({reason}): give an intact one") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} has format {found}, not {FORMAT}: it is of another version")
@@ -1452,14 +1443,12 @@ def read_image(path: str | Path) -> Tensor:
     then reads them too, as it reads all else. EXIF rotation is ignored, as in the official code.
     Raises UserError, which names the file, if it is damaged.
     """
-    try:
+    with explain(f"cannot read image {path}, replace it and run again"):
         if str(path).lower().endswith((".jpg", ".jpeg")):
             with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decoder
                 return torchvision.io.decode_jpeg(torchvision.io.read_file(str(path)), "RGB")
         with Image.open(path) as file:
             return to_rgb(file)
-    except Exception as error:  # each decoder raises different ones
-        raise UserError(f"cannot read image {path} ({error}): replace it and run again") from error
 
 
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
@@ -1488,17 +1477,18 @@ class FolderDataset(ImageFolder):
         self.seed = seed
         self.known_classes = classes
         self.left_out = []
+        may_lack = classes is not None
         super().__init__(
             str(root),
             transform,
             loader=read_image,
             is_valid_file=self.is_image,
-            allow_empty=classes is not None,
+            allow_empty=may_lack,
         )
         if len(self.classes) < 2 or not self.samples:
             raise UserError(
-                f"{root} has {len(self)} images of the classes {self.classes}: put images of two or "
-                f"more into {root}/<class>/, with names that end in {', '.join(IMAGE_ENDINGS)}"
+                f"{root} has {len(self)} images of {self.classes}: put those of two or more classes "
+                f"into {root}/<class>/, with names that end in {', '.join(IMAGE_ENDINGS)}"
             )
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
