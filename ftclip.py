@@ -14,21 +14,27 @@ enough. The only new parameters are a LayerNorm and a linear head.
 
 Put images into folders as in ImageNet: DIR/train/<class>/* and DIR/val/<class>/*. A run writes
 last.pt (to resume), best.pt (to use) and metrics.jsonl to --output. The same command resumes it.
-Needs Python 3.10, torch 2.6, torchvision 0.21 and open_clip_torch 3, or newer.
+To use best.pt in Python:
 
-Read from top to bottom. The parts "in short", "recipe", "model", "optimization", "augmentation",
-"data" and "training" together are the whole method. The last part, "the program", has flags, files
-and printing. To use a piece elsewhere, copy it with the imports and with the names on the right. If
-a name on the right has a row of its own, copy that row too.
+    model, classes, transform = load_classifier("runs/flowers-ViT-B-16-224/best.pt")
+    scores = model(transform(read_image("rose.jpg"))[None]).softmax(-1)  # (1, number of classes)
 
-    lr_at, train_step, CLIPClassifier, RandAugment, random_erasing    nothing more
-    EMA, explain            UserError
+All accuracies here are the paper's. They have not been measured with this file. It needs Python
+3.10, torch 2.6, torchvision 0.21 and open_clip_torch 3, or newer.
+
+Read from top to bottom. The parts up to "few images" are the whole method. The last part, "the
+program", has flags, files and printing. To use a piece elsewhere, copy it with the imports and with
+the names on the right. If a name on the right has a row of its own, copy that row too.
+
+    lr_at, EMA, train_step, CLIPClassifier, RandAugment, random_erasing    nothing more
+    explain                 UserError
     param_groups            layer_id, or a function like it for the names of your model
     train_transform         augment
     normalize               CLIP_MEAN, CLIP_STD
     eval_transform          to_rgb, normalize
     read_image              to_rgb, explain
     FolderDataset           read_image, seed_generators, IMAGE_ENDINGS
+    resolve                 Recipe, UserError
     micro_batch_keys        Recipe
     evaluate                all_sum
     build_model             the part "model", model_config, read_weights, find_tag, explain
@@ -76,9 +82,9 @@ from torchvision.transforms import v2
 # ------------------------------------------------------------------------------------ in short
 #
 # CLIP has learned features from 400 million images with captions. Fine-tuning adapts them to the
-# classes of a data set. The danger is to lose them on the way, and the usual settings for
-# fine-tuning lose some of them. Figure 1 of the paper shows this for ViT-B/16, at 224 pixels in all
-# rows but the last. Each row keeps the changes above it:
+# classes of a data set. The danger is losing them on the way: the usual settings for fine-tuning
+# lose some of them. Figure 1 of the paper shows this for ViT-B/16, at 224 pixels in all rows but
+# the last. Each row keeps the changes above it:
 #
 #     change                                                        top-1   effect
 #     (the usual fine-tuning settings)                              82.3 %
@@ -90,8 +96,8 @@ from torchvision.transforms import v2
 #     384 pixels, lr 7e-4 instead of 6e-4, patch embedding trained  86.6 %  more detail
 #
 # (*) The figure names these two changes without their values. 50 epochs, no MixUp and no CutMix are
-# the final recipe's. 100 epochs are inferred from the cost, which the change halves. The learning
-# rates of the first two rows are not known either.
+# the final recipe's. 100 epochs fit the compute, which this row halves. The learning rates of the
+# first two rows are not known either.
 #
 # The model is CLIP's vision transformer with a new head: LayerNorm, mean over the patch tokens, and
 # a linear layer. One optimizer step, with AdamW on a global batch of 2048 images:
@@ -103,7 +109,8 @@ from torchvision.transforms import v2
 # remembers the starting weights. After ten epochs both have 82 %. The EMA is best after thirty of
 # the fifty epochs, with 85.7 %.
 #
-# With few images, `resolve` chooses a smaller batch, a shorter EMA and, if needed, more epochs.
+# With few images, the batch is smaller, the EMA shorter and, if needed, the run longer. The part
+# "few images" says how.
 
 # ------------------------------------------------------------------------------------ recipe
 
@@ -114,8 +121,8 @@ class Recipe:
 
     Each field but the last two is a flag, and its comment is the flag's help text. A flag that you
     give is used as given. One that you leave out has the value here, or what its comment calls the
-    default. "The recipe's" is that of the nearest of the paper's four runs, by depth and image
-    size.
+    default. "Nearest run" is the one of the paper's four runs below that has the same depth and the
+    closest image size.
     """
 
     # Model.
@@ -123,18 +130,18 @@ class Recipe:
     pretrained: str = "openai"  # open_clip tag, weights file, or none for random weights
     quick_gelu: bool | None = None  # QuickGELU instead of GELU; default: what the weights need
     image_size: int = 224  # side in pixels; default: the model's
-    train_blocks: int | None = None  # train only the last K blocks, 0: linear probe; default: all
-    freeze_patch_embed: bool = True  # keep conv1 as it is; default: the recipe's
+    train_blocks: int | None = None  # train the last K blocks, 0: norm and head; default: all
+    freeze_patch_embed: bool = True  # keep conv1 as it is; default: the nearest run's
 
     # Optimization.
-    lr: float = 6e-4  # peak learning rate of the head; default: the recipe's
+    lr: float = 6e-4  # peak learning rate of the head; default: the nearest run's
     min_lr: float = 1e-6  # learning rate of the head at the end
-    layer_decay: float = 0.60  # lr of a layer / lr of the layer above; default: the recipe's
-    epochs: int = 50  # passes over the images; default: the recipe's, at least 500 steps
-    warmup_epochs: float = 10.0  # epochs of rising lr; default: the recipe's share of the epochs
-    batch_size: int = 2048  # images per step on all devices; default: the recipe's or fewer
+    layer_decay: float = 0.60  # lr of a layer / of the layer above; default: the nearest run's
+    epochs: int = 50  # passes over the images; default: nearest run's, or for 500 steps
+    warmup_epochs: float = 10.0  # epochs of rising lr; default: the nearest run's share
+    batch_size: int = 2048  # images per step on all devices; default: nearest run's or fewer
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
-    ema_decay: float = 0.9998  # decay of the EMA, 0 is off; default: the recipe's or less
+    ema_decay: float = 0.9998  # 0: the EMA equals the weights; default: the nearest run's or less
     clip_grad: float = 0.0  # largest norm of the gradient, 0 is off
 
     # Augmentation and regularization.
@@ -173,7 +180,7 @@ class Recipe:
 B16 = Recipe()
 L14 = Recipe(model="ViT-L-14", lr=4e-4, layer_decay=0.65, epochs=30, warmup_epochs=5.0)
 RECIPES = [
-    # recipe, micro-batch size (the most images that a GPU computes at once), top-1 on ImageNet-1k
+    # (recipe, the most images that a GPU computes at once: its micro-batch); top-1 on ImageNet-1k
     (B16, 256),  # 85.7 %
     (replace(B16, image_size=384, lr=7e-4, freeze_patch_embed=False), 64),  # 86.6 %
     (L14, 64),  # 88.0 %
@@ -187,7 +194,7 @@ RECIPES = [
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, written out to be read. Its names are nn.MultiheadAttention's."""
+    """Multi-head self-attention, with the parameter names of nn.MultiheadAttention and of CLIP."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -289,8 +296,8 @@ class VisionTransformer(nn.Module):
 
         Under autocast, conv1 returns bf16 or fp16. The class token and the positions are float32,
         so that concatenation and addition promote the tokens to float32, and each block adds to a
-        float32 residual stream. 24 blocks add small updates to a large sum, for which the eight
-        significant bits of bf16 are too few.
+        float32 residual stream. 12 or 24 blocks add small updates to a large sum, for which the
+        eight significant bits of bf16 are too few.
         """
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (N, patches, width)
         class_token = self.class_embedding.expand(x.shape[0], 1, -1)
@@ -308,14 +315,14 @@ class CLIPClassifier(nn.Module):
     """A trunk with the FT-CLIP head: LayerNorm on each patch token, their mean, a linear layer.
 
     The class token takes part in attention and is then left out. CLIP's own last norm and its
-    projection read only the class token and lead into the space shared with text, which a
-    classifier does not need. The patch tokens together describe the whole image. A new LayerNorm
-    brings them to one scale before they are averaged.
+    projection act on the class token only. They lead to the space that CLIP shares with text, and a
+    classifier does not need that. The patch tokens together describe the whole image. A new
+    LayerNorm brings them to one scale before they are averaged.
 
-    The head starts a thousand times smaller than usual, so its first predictions are uniform. A
-    random head of the usual size sends random directions to the trunk until it has learned better
-    ones. AdamW would follow them at full speed, since it divides out the size of a gradient. The
-    small head outgrows its random start in about 20 steps of warm-up.
+    The head starts a thousand times smaller than usual, so its first predictions are uniform. As
+    long as a head is mostly random, it sends random directions to the trunk, and AdamW follows them
+    whatever their size. The small head has outgrown its random start after about 20 steps, in which
+    the learning rate is still near 0. A head of the usual size would need about 600.
 
     `trunk` is any module from images (N, 3, S, S) to tokens (N, 1 + patches, width), class token
     first. Source: official models/finetune_clip.py:167-175, 230-231.
@@ -336,7 +343,7 @@ class CLIPClassifier(nn.Module):
         tokens = self.trunk(images)[:, 1:]  # (N, patches, width)
         features = self.norm(tokens).mean(dim=1)  # (N, width)
         # In bf16 the two largest logits are often equal, and the order of the classes would decide.
-        # So the head is computed in its own dtype, float32, even if the trunk returns bf16.
+        # So the head is not in autocast. It computes in the model's dtype, which the norm has too.
         with torch.autocast(images.device.type, enabled=False):
             return self.head(features.to(self.norm.weight.dtype))
 
@@ -362,16 +369,15 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 def load_trunk(trunk: VisionTransformer, weights: dict[str, Tensor]) -> None:
     """Put CLIP's weights, under open_clip's names, into a trunk of any image size, as float32.
 
-    For another image size, such as 384 or 336, the positions are resized here. Tensors that are
-    float32 already become the trunk's parameters themselves. Raises RuntimeError if a name is
-    missing or unknown or a shape differs.
+    For another image size, such as 384 or 336, the positions are resized here. Raises RuntimeError
+    or KeyError if a name is missing or unknown, or a shape differs.
     """
     grid = math.isqrt(len(trunk.positional_embedding) - 1)
     weights = {name: weight.float() for name, weight in weights.items()}
     weights["positional_embedding"] = resize_positions(weights["positional_embedding"], grid)
-    trunk.load_state_dict(
-        weights, assign=True
-    )  # a trunk on the meta device has no memory of its own
+    # build_model makes the trunk on the meta device, where it has no memory to copy weights into.
+    # With assign, the tensors themselves become its parameters.
+    trunk.load_state_dict(weights, assign=True)
 
 
 def freeze(
@@ -379,8 +385,9 @@ def freeze(
 ) -> None:
     """Choose what is trained. The new norm and the head always are.
 
-    train_blocks: None trains the whole trunk. K trains its last K blocks and freezes the rest of
-    it. 0 is linear probing. In the paper, half of the blocks is nearly as good as all (Figure 3).
+    train_blocks: None trains the whole trunk, and so does a number of all blocks or more. A smaller
+    K trains the last K blocks and freezes the rest of the trunk. In the paper, training half of the
+    blocks is nearly as good as training all (Figure 3). 0 is close to linear probing.
 
     freeze_patch_embed: conv1 stays as it is. The paper freezes it at 224 pixels, where it sees what
     it saw in pretraining, and trains it at larger sizes.
@@ -455,8 +462,8 @@ def param_groups(
     `group["lr"] = lr_at(...) * group["lr_scale"]`.
 
     Biases, norms, and class and positional embeddings have no weight decay, as in the official
-    code. Decay pulls to zero, which means nothing for a bias, a norm's scale or a position. Frozen
-    parameters are in no group.
+    code. Decay keeps weight matrices small. These are few numbers that set offsets and scales.
+    Frozen parameters are in no group.
 
     The model must not be wrapped in DDP or torch.compile, which change the names. `layer_of` is
     layer_id, or a function like it for your model. Returns at most two groups per layer, from the
@@ -466,15 +473,15 @@ def param_groups(
 
     Source: official optim_factory.py:60, run_class_finetuning.py:441.
     """
-    layers = {name: layer_of(name, num_layers) for name, _ in model.named_parameters()}
-    found = sorted(set(layers.values()))
+    layer_by_name = {name: layer_of(name, num_layers) for name, _ in model.named_parameters()}
+    found = sorted(set(layer_by_name.values()))
     if found != list(range(num_layers + 2)):
         raise ValueError(f"layer_of finds the layers {found}, not each of 0 to {num_layers + 1}")
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = layers[name]
+        layer = layer_by_name[name]
         is_embedding = name.endswith(("_embedding", "_token", "pos_embed"))
         decays = parameter.ndim > 1 and not is_embedding
         if (layer, decays) not in groups:
@@ -534,7 +541,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"EMA decay {decay} is not at least 0 and less than 1")
+            raise ValueError(f"EMA decay {decay} is not at least 0 and less than 1")
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -567,8 +574,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class RandAugment:
     """RandAugment (arXiv 1909.13719) as in the paper: timm's rand-m9-mstd0.5-inc1.
 
-    "inc1" means that an operation never becomes weaker as the magnitude grows. All constants below
-    are timm's.
+    "inc1" means that no operation becomes weaker as the magnitude grows. Without it, Posterize and
+    Solarize do in timm. All constants below are timm's.
 
     Of fifteen operations, num_ops are drawn with replacement. Each is applied with the given
     probability, with a magnitude from N(magnitude, std) clipped to [0, 10]. Rotations, shears,
@@ -834,8 +841,9 @@ def eval_batches(dataset: Dataset, options: "Options") -> DataLoader:
 # gradients of its micro-batches: backward() adds them up on a device, and DistributedDataParallel
 # averages them over the devices, once per step. Unlike with batch norm, the output of an image does
 # not depend on the others in its batch. So any split of a batch gives the same gradient, up to
-# rounding. Erasing, MixUp, CutMix and drop path are drawn once for each micro-batch: another
-# micro-batch size draws other noise, another number of devices with the same size does not.
+# rounding. Erasing, MixUp, CutMix and drop path draw from one seed for each micro-batch. So another
+# micro-batch size gives other noise. Another number of devices, with the same micro-batch size,
+# does not.
 #
 # Memory. Each trained parameter needs 20 bytes: weight, gradient, AdamW's two averages and the EMA.
 # A frozen one needs 8. That is 1.7 GB for ViT-B/16 and 6.1 GB for ViT-L/14, whatever the batch. The
@@ -855,12 +863,12 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on one global batch, in `accumulation` micro-batches of equal size.
 
-    Each loss is divided by `accumulation`, so that the gradients add up to that of the mean over
-    this device's part of the batch: one GPU with accumulation 8 makes the same step as eight GPUs.
+    Each loss is divided by `accumulation`, so that the gradients add up to the gradient of the mean
+    loss over this device's images: one GPU with accumulation 8 makes the same step as eight GPUs.
 
     Label smoothing moves a share of the target probability from the label to all classes alike.
-    Without it the logits grow without bound, and wrong labels are believed as firmly as right ones.
-    Mixed labels are smoothed in the same way.
+    Without it the loss rewards ever larger logits, for wrong labels too. Mixed labels are smoothed
+    in the same way.
 
     `batches` gives normalized images (N, 3, S, S), and labels (N,) or probabilities
     (N, num_classes), on the model's device. The optimizer has the learning rates of this step. The
@@ -873,10 +881,10 @@ def train_step(
     mean_loss = 0.0
     for i in range(accumulation):
         images, labels = next(batches)
-        sync = contextlib.nullcontext()
+        context = contextlib.nullcontext()
         if i < accumulation - 1 and hasattr(model, "no_sync"):
-            sync = model.no_sync()  # DDP exchanges gradients once, with the last micro-batch
-        with sync:
+            context = model.no_sync()  # DDP exchanges gradients once, with the last micro-batch
+        with context:
             with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -915,10 +923,12 @@ def evaluate(
     keys "a_top1", "a_top5" and "images". With up to five classes, top-5 is 100.
     """
     device = next(next(iter(models.values())).parameters()).device
-    counts = torch.zeros(len(models), 3, dtype=torch.long, device=device)  # top-1, top-5, images
+    counts = torch.zeros(len(models), 2, dtype=torch.long, device=device)  # top-1, top-5
+    total = torch.zeros(1, dtype=torch.long, device=device)
     for images, labels in batches:
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
+        total += len(labels)
         for i, model in enumerate(models.values()):
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = model.eval()(images)
@@ -926,12 +936,11 @@ def evaluate(
             hits = best == labels[:, None]
             counts[i, 0] += hits[:, 0].sum()
             counts[i, 1] += hits.sum()
-            counts[i, 2] += len(labels)
-    result = {}
-    for name, (top1, top5, total) in zip(models, all_sum(counts).tolist()):
-        result[f"{name}_top1"] = 100 * top1 / total
-        result[f"{name}_top5"] = 100 * top5 / total
-    return result | {"images": total}
+    result = {"images": all_sum(total).item()}
+    for name, (top1, top5) in zip(models, all_sum(counts).tolist()):
+        result[f"{name}_top1"] = 100 * top1 / result["images"]
+        result[f"{name}_top5"] = 100 * top5 / result["images"]
+    return result
 
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
@@ -941,8 +950,8 @@ def train(
     recipe: Recipe,
     options: "Options",
     classifier: CLIPClassifier,
-    train_set: Dataset,
-    val_set: Dataset,
+    train_set: "FolderDataset",
+    val_set: "FolderDataset",
     state: dict,
 ) -> None:
     """The whole method put together. `state` is last.pt, or {} for a new run.
@@ -955,18 +964,18 @@ def train(
     groups = param_groups(
         classifier, num_layers, recipe.lr, recipe.layer_decay, recipe.weight_decay
     )
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    # betas and eps are PyTorch's defaults, as in the official code
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     ema = EMA(classifier, recipe.ema_decay)
     models = {"raw": classifier, "ema": ema.module}
     parts = {"model": classifier, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
     progress = Progress(recipe, options, train_set.classes, parts, state)
 
-    model = torch.compile(classifier) if options.compile else classifier
+    wrapped = torch.compile(classifier) if options.compile else classifier
     if dist.is_initialized():
-        model = DistributedDataParallel(
-            model, gradient_as_bucket_view=True
-        )  # gradients, not copies
+        # As views into DDP's buckets, gradients are stored once and not twice.
+        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
     _, world = rank_and_world()
     accumulation = recipe.batch_size // (world * options.micro_batch_size)
     amp_dtype = AMP_DTYPES[options.amp]
@@ -980,15 +989,78 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss = train_step(
-            model, batches, accumulation, optimizer, scaler, amp_dtype, smoothing, clip_grad
+            wrapped, batches, accumulation, optimizer, scaler, amp_dtype, smoothing, clip_grad
         )
         ema.update(classifier)
 
         progress.finish_step(loss, lr)
-        if progress.step % recipe.steps_per_epoch == 0:
+        if (step + 1) % recipe.steps_per_epoch == 0:
             accuracy = evaluate(models, val_batches, amp_dtype) if progress.wants_accuracy() else {}
             progress.finish_epoch(accuracy, lr)
         progress.save_when_due()
+
+
+# ------------------------------------------------------------------------------------ few images
+
+
+def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
+    """The recipe of a run: what is given, else the nearest recipe's, adjusted for few images.
+
+    Examples with one device and ViT-B/16 at 224 pixels: 1,500 images give batch size 32, 46 steps
+    per epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
+    give batch size 32, 3 steps per epoch, lr 6e-4, 167 epochs with 33.4 of warm-up, and an EMA over
+    80 of 501 steps. recipes.md, beside this file, has the experiments behind the rules.
+    """
+    recipe = replace(nearest, **given)
+    if not 0 <= recipe.ema_decay < 1:
+        raise UserError(f"--ema-decay {recipe.ema_decay} is not at least 0 and less than 1")
+
+    # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
+    # epoch, because with too few optimizer steps the model underfits. But at least 32 images: the
+    # gradient of fewer is mostly noise, in which CLIP's features are lost. If the devices do not
+    # divide it, each gets a multiple of eight images, which can be cut evenly into micro-batches.
+    largest = 2 ** int(math.log2(max(32, recipe.num_images // 32)))
+    default_batch = min(nearest.batch_size, largest, recipe.num_images)
+    if "batch_size" not in given:
+        per_device = max(1, default_batch // devices)
+        if default_batch % devices and per_device > 8:
+            per_device -= per_device % 8
+        recipe.batch_size = devices * per_device
+    possible = min(recipe.batch_size, recipe.num_images) // devices * devices
+    if recipe.batch_size != possible:
+        raise UserError(
+            f"a batch of {recipe.batch_size} images must be a multiple of {devices} device(s) and "
+            f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
+        )
+
+    # Learning rate: the default batch keeps the recipe's, also where it is a small one. Such a run
+    # has few steps, and with a smaller lr it would end near its start. If you choose a batch k
+    # times smaller than the default, lr is divided by sqrt(k). It makes k times the steps, and
+    # since AdamW divides out the size of a gradient, noise moves the weights by about lr *
+    # sqrt(steps) (arXiv 2205.10287). A larger batch keeps the recipe's lr, since a higher one can
+    # lose CLIP's features.
+    if "batch_size" in given and "lr" not in given:
+        recipe.lr = nearest.lr * math.sqrt(min(1.0, recipe.batch_size / default_batch))
+
+    # Schedule: the recipe's epochs, but at least 500 steps, which the new head needs to learn.
+    # Warm-up keeps its share of the epochs.
+    if "epochs" not in given:
+        recipe.epochs = max(nearest.epochs, math.ceil(500 / recipe.steps_per_epoch))
+    if "warmup_epochs" not in given:
+        recipe.warmup_epochs = nearest.warmup_epochs * recipe.epochs / nearest.epochs
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise UserError(f"--warmup-epochs {recipe.warmup_epochs:g} leaves no epoch: lower it")
+
+    # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps, 16 % of the run of
+    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. With 5,000 steps its
+    # EMA would still consist mostly of the starting weights.
+    if "ema_decay" not in given:
+        share = min(1.0, recipe.total_steps / nearest.total_steps)
+        recipe.ema_decay = max(0.0, 1 - (1 - nearest.ema_decay) / share)
+
+    if "freeze_patch_embed" not in given and recipe.pretrained == "none":
+        recipe.freeze_patch_embed = False  # random weights must be trained
+    return recipe
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -1005,8 +1077,9 @@ def explain(what: str) -> Iterator[None]:
     """Turn whatever a reader of files raises into a UserError that begins with `what`."""
     try:
         yield
-    except Exception as error:  # JSON, zip, pickle, decoders, torch and the hub have their own
-        reason = " ".join(str(error).split(". ")[0].split())  # torch goes on with dangerous advice
+    except Exception as error:  # JSON, zip, pickle, decoders, torch and the hub: each has its own
+        # The first sentence. torch's next one would suggest weights_only=False.
+        reason = " ".join(str(error).split(". ")[0].split())
         raise UserError(f"{what} ({reason[:300]})") from error
 
 
@@ -1033,64 +1106,6 @@ class Options:
     eval: str = ""  # best.pt or last.pt to evaluate on DIR/val, instead of a run
 
 
-def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
-    """The recipe of a run: what is given, else the nearest recipe's, adjusted for few images.
-
-    Examples with one device and ViT-B/16 at 224 pixels: 1,500 images give batch size 32, 46 steps
-    per epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
-    give batch size 32, 3 steps per epoch, lr 6e-4, 167 epochs with 33.4 of warm-up, and an EMA over
-    80 of 501 steps. recipes.md has the experiments behind the rules.
-    """
-    recipe = replace(nearest, **given)
-
-    # Batch: the recipe's, or with fewer images the largest power of two that leaves 32 steps per
-    # epoch, because with too few optimizer steps the model underfits. But at least 32 images: the
-    # gradient of fewer is mostly noise, in which CLIP's features are lost. If the devices do not
-    # divide it, each gets a multiple of eight images, which can be cut evenly into micro-batches.
-    largest = 2 ** int(math.log2(max(32, recipe.num_images // 32)))
-    default_batch = min(nearest.batch_size, largest, recipe.num_images)
-    if "batch_size" not in given:
-        per_device = max(1, default_batch // devices)
-        if default_batch % devices and per_device > 8:
-            per_device -= per_device % 8
-        recipe.batch_size = devices * per_device
-    possible = min(recipe.batch_size, recipe.num_images) // devices * devices
-    if recipe.batch_size != possible:
-        raise UserError(
-            f"a batch of {recipe.batch_size} images must be a multiple of {devices} device(s) and "
-            f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
-        )
-
-    # Learning rate: a default batch keeps the recipe's, even if it is smaller. Such a run has few
-    # steps, and with a smaller lr it would end near its start. A smaller batch than the default
-    # divides lr by the root of the ratio. Half the batch makes twice the steps, and as AdamW
-    # divides out the gradient's size, noise moves the weights by about lr * sqrt(steps) (arXiv
-    # 2205.10287). A larger batch keeps the recipe's lr, since a higher one can lose CLIP's
-    # features.
-    if "lr" not in given:
-        recipe.lr = nearest.lr * math.sqrt(min(1.0, recipe.batch_size / default_batch))
-
-    # Schedule: the recipe's epochs, but at least 500 steps, which the new head needs to learn.
-    # Warm-up keeps its share of the epochs.
-    if "epochs" not in given:
-        recipe.epochs = max(nearest.epochs, math.ceil(500 / recipe.steps_per_epoch))
-    if "warmup_epochs" not in given:
-        recipe.warmup_epochs = nearest.warmup_epochs * recipe.epochs / nearest.epochs
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise UserError(f"--warmup-epochs {recipe.warmup_epochs:g} leaves no epoch: lower it")
-
-    # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps, 16 % of the run of
-    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. With 5,000 steps its
-    # EMA would still consist mostly of the starting weights.
-    if "ema_decay" not in given:
-        share = min(1.0, recipe.total_steps / nearest.total_steps)
-        recipe.ema_decay = max(0.0, 1 - (1 - nearest.ema_decay) / share)
-
-    if "freeze_patch_embed" not in given and recipe.pretrained == "none":
-        recipe.freeze_patch_embed = False  # random weights must be trained
-    return recipe
-
-
 def model_config(model: str | dict) -> dict:
     """Configuration of a plain vision transformer: {"quick_gelu": bool, "vision_cfg": {...}}.
 
@@ -1106,9 +1121,10 @@ def model_config(model: str | dict) -> dict:
             import open_clip  # not at the top: it takes seconds, and not each use needs it
 
             config = open_clip.get_model_config(model)
-    if not config:
-        raise UserError(f"--model {model} is no file and no open_clip model such as ViT-B-16")
+    config = config or {}
     config = config.get("model_cfg", config)  # the hub's files have it one level down
+    if "vision_cfg" not in config:
+        raise UserError(f"--model {model} is no file and no open_clip model such as ViT-B-16")
     vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
     vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
     without_effect = ("pool_type", "final_ln_after_pool", "output_tokens")  # about the output
@@ -1351,7 +1367,7 @@ class Progress:
         self.saved = -math.inf
 
     def finish_step(self, loss: Tensor, lr: float) -> None:
-        """Count the step. Each LOG_STEPS, and at an epoch's end, check and print the losses.
+        """Count the step. Every LOG_STEPS steps, and at an epoch's end, check and print the losses.
 
         Raises UserError, in all processes, if a loss or a weight is not finite. A run that has
         diverged must stop before it is saved.
@@ -1439,9 +1455,9 @@ def to_rgb(image: Image.Image) -> Tensor:
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as RGB, uint8 (3, H, W), whatever its own mode and format are.
 
-    torchvision decodes JPEGs twice as fast as Pillow, but has announced to drop its decoder. Pillow
-    then reads them too, as it reads all else. EXIF rotation is ignored, as in the official code.
-    Raises UserError, which names the file, if it is damaged.
+    torchvision decodes JPEGs twice as fast as Pillow, but has announced that it will drop its
+    decoder. Pillow then reads them too, as it reads all else. EXIF rotation is ignored, as in the
+    official code. Raises UserError, which names the file, if it is damaged.
     """
     with explain(f"cannot read image {path}, replace it and run again"):
         if str(path).lower().endswith((".jpg", ".jpeg")):
@@ -1487,8 +1503,8 @@ class FolderDataset(ImageFolder):
         )
         if len(self.classes) < 2 or not self.samples:
             raise UserError(
-                f"{root} has {len(self)} images of {self.classes}: put those of two or more classes "
-                f"into {root}/<class>/, with names that end in {', '.join(IMAGE_ENDINGS)}"
+                f"{root} has {len(self)} images of {self.classes}: put those of two classes or "
+                f"more into {root}/<class>/, with names that end in {', '.join(IMAGE_ENDINGS)}"
             )
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -1606,7 +1622,7 @@ def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPCla
     log(f"Batch: {recipe.batch_size} images per step = {chain}, {options.device} {options.amp}")
     steps = f"{recipe.epochs} epochs x {recipe.steps_per_epoch:,} steps = {recipe.total_steps:,}"
     log(f"Schedule: {steps} steps, {recipe.warmup_steps:,} of them warm-up")
-    log(f"EMA: over about {1 / max(1e-9, 1 - recipe.ema_decay):,.0f} steps")
+    log(f"EMA: over about {1 / (1 - recipe.ema_decay):,.0f} steps")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     activation = "QuickGELU" if model.config["quick_gelu"] else "GELU"
     log(f"Model: {trained:,} parameters are trained, activation {activation}")
@@ -1690,7 +1706,8 @@ def main(argv: list[str] | None = None) -> None:
         given |= {"num_images": len(train_set), "num_classes": len(train_set.classes)}
     recipe = resolve(nearest, given, world)
 
-    # Cut each device's share of a batch into as few equal micro-batches as possible.
+    # Cut each device's share of a batch into as few equal micro-batches as possible. From here on,
+    # micro_batch_size is their size.
     share = recipe.batch_size // world
     accumulation = math.ceil(share / (options.micro_batch_size or most_images))
     while share % accumulation:
@@ -1733,7 +1750,7 @@ def main(argv: list[str] | None = None) -> None:
     train_set.transform = train_transform(image_size, recipe.crop_scale, randaug)
     val_set.transform = functools.partial(eval_transform, image_size=image_size)
     train(recipe, options, classifier, train_set, val_set, state)
-    del held  # opens the lock
+    del held  # releases the lock
     log(f"Finished: {options.output}/best.pt has the EMA weights of the best epoch on val")
 
 
