@@ -1283,8 +1283,10 @@ def load_classifier(
     takes.
     """
     state = load_checkpoint(path)
-    model = build_model(state["model_config"], len(state["classes"]))
-    model.load_state_dict(state["ema"])
+    with torch.device("meta"):  # no random weights, only to be replaced
+        model = build_model(state["model_config"], len(state["classes"]))
+    weights = {name: weight.clone() for name, weight in state["ema"].items()}  # out of the file
+    model.load_state_dict(weights, assign=True)
     image_size = model.config["vision_cfg"]["image_size"]
     transform = functools.partial(eval_transform, image_size=image_size)
     return model.eval().to(device), state["classes"], transform
@@ -1455,8 +1457,8 @@ def to_rgb(image: Image.Image) -> Tensor:
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as RGB, uint8 (3, H, W), whatever its own mode and format are.
 
-    torchvision decodes JPEGs twice as fast as Pillow, but has announced that it will drop its
-    decoder. Pillow then reads them too, as it reads all else. EXIF rotation is ignored, as in the
+    torchvision decodes JPEGs faster than Pillow, but has announced that it will drop its decoder.
+    Pillow then reads them too, as it reads all else. EXIF rotation is ignored, as in the
     official code. Raises UserError, which names the file, if it is damaged.
     """
     with explain(f"cannot read image {path}, replace it and run again"):

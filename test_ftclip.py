@@ -49,6 +49,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import ftclip
@@ -1101,6 +1102,16 @@ def test_training_images_have_timms_statistics(monkeypatch):
     picture = photo(84, 60, seed=5)
     image = tensor(picture)
 
+    def drawn(transform, image) -> Tensor:
+        """The transform of many copies of an image, by two workers."""
+        batches = DataLoader(
+            [image] * draws,
+            batch_size=500,
+            num_workers=2,
+            collate_fn=lambda copies: torch.stack([transform(copy) for copy in copies]),
+        )
+        return torch.cat(list(batches))
+
     def statistic(images: Tensor) -> Tensor:
         """(N, 21): light in each quarter, and mean, square and edges of each colour."""
         edges = images.diff(dim=-1).abs().mean((2, 3))
@@ -1109,10 +1120,10 @@ def test_training_images_have_timms_statistics(monkeypatch):
         return torch.cat([quarters, colours, images.square().mean((2, 3)), edges], 1)
 
     transform = ftclip.train_transform(32, 0.08, ftclip.RandAugment())
-    images = ftclip.normalize(torch.stack([transform(image) for _ in range(draws)]))
+    images = ftclip.normalize(drawn(transform, image))
     ours = statistic(ftclip.random_erasing(images, 0.25))
     timms = timm_train(32)
-    theirs = statistic(torch.stack([timms(picture) for _ in range(draws)]))
+    theirs = statistic(drawn(timms, picture))
     for power in (1, 2):  # means, then spread between images
         x = ours**power
         y = theirs**power
@@ -1638,7 +1649,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     rng = random.Random(0)
     last = tmp_path / "run" / "last.pt"
     steps = []
-    for _ in range(4):
+    for _ in range(3):
         pid = start(argv, tmp_path / "log")
         before = last.stat().st_mtime_ns if last.exists() else 0
 
@@ -1844,7 +1855,10 @@ def test_one_gpu_under_torchrun_resumes_and_evaluates(tiny, data, tmp_path):
 
 def test_the_demo_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ftclip.main(["--demo", "--epochs", "1", "--warmup-epochs", "0", "--workers", "1"])
+    monkeypatch.setitem(ftclip.DEMO, "model", TINY)  # half as wide
+    ftclip.main(
+        ["--demo", "--epochs", "1", "--warmup-epochs", "0", "--workers", "1", "--lr", "3e-3"]
+    )
     assert metrics(tmp_path / "runs" / "demo")[-1]["raw_top1"] > 45  # of four classes
 
 
@@ -2130,9 +2144,12 @@ def test_commands_in_the_documents_run(reference, tiny, data, tmp_path, monkeypa
         for path, real in stand_ins.items():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).symlink_to(real)
-        if not options.eval:
-            argv.append("--dry-run")
-        ftclip.main(argv)
+        with monkeypatch.context() as patch:
+            if not options.eval:
+                argv.append("--dry-run")
+                patch.setattr(ftclip, "build_model", mock.Mock())  # quicker, and tested above
+                patch.setattr(ftclip, "print_plan", mock.Mock())
+            ftclip.main(argv)
 
 
 def test_every_row_of_the_recipes_runs_dry_and_changes_what_it_names(monkeypatch, tmp_path):
