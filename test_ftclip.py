@@ -1857,7 +1857,7 @@ def test_the_demo_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ftclip.DEMO, "model", TINY)  # half as wide
     ftclip.main(
-        ["--demo", "--epochs", "1", "--warmup-epochs", "0", "--workers", "1", "--lr", "3e-3"]
+        ["--demo", "--epochs", "2", "--warmup-epochs", "0", "--workers", "1", "--lr", "2e-3"]
     )
     assert metrics(tmp_path / "runs" / "demo")[-1]["raw_top1"] > 45  # of four classes
 
