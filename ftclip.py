@@ -24,11 +24,12 @@ All accuracies here are the paper's. They have not been measured with this file.
 
 Read from top to bottom. The parts up to "few images" are the whole method. The last part, "the
 program", has flags, files and printing. To use a piece elsewhere, copy it with the imports and with
-the names on the right. If a name on the right has a row of its own, copy that row too.
+the names on the right, in the order of this file. If a name on the right has a row of its own, copy
+that row too.
 
     lr_at, EMA, train_step, CLIPClassifier, RandAugment, random_erasing    nothing more
     explain                 UserError
-    param_groups            layer_id, or a function like it for the names of your model
+    param_groups            layer_id, also if you pass a layer_of for the names of your model
     train_transform         augment
     normalize               CLIP_MEAN, CLIP_STD
     eval_transform          to_rgb, normalize
@@ -179,15 +180,13 @@ class Recipe:
 # the patch embedding, is trained too.
 B16 = Recipe()
 L14 = Recipe(model="ViT-L-14", lr=4e-4, layer_decay=0.65, epochs=30, warmup_epochs=5.0)
+L14_336 = replace(L14, image_size=336, lr=6e-4, batch_size=1920, freeze_patch_embed=False)
 RECIPES = [
     # (recipe, the most images that a GPU computes at once: its micro-batch); top-1 on ImageNet-1k
     (B16, 256),  # 85.7 %
     (replace(B16, image_size=384, lr=7e-4, freeze_patch_embed=False), 64),  # 86.6 %
     (L14, 64),  # 88.0 %
-    (
-        replace(L14, image_size=336, lr=6e-4, batch_size=1920, freeze_patch_embed=False),
-        20,
-    ),  # 88.3 %
+    (L14_336, 20),  # 88.3 %
 ]
 
 # ------------------------------------------------------------------------------------ model
@@ -417,9 +416,9 @@ def layer_id(name: str, num_layers: int) -> int:
 
     The embeddings are layer 0, block i is layer i + 1, norm and head are layer num_layers + 1. For
     another model write such a function for its names. In timm's ViTs, for example, the blocks are
-    "blocks.<i>.", norm and head are "norm.", "fc_norm." and "head.", and the embeddings are
-    "cls_token", "pos_embed", "patch_embed." and "norm_pre.". Inside a CLIPClassifier their names
-    begin with "trunk.".
+    "blocks.<i>.", norm and head are "norm.", "fc_norm.", "attn_pool." and "head.", and the
+    embeddings are "cls_token", "reg_token", "pos_embed", "patch_embed." and "norm_pre.". Inside a
+    CLIPClassifier their names begin with "trunk.".
 
     Raises ValueError for an unknown name. Source: official optim_factory.py:22-39.
     """
@@ -462,8 +461,9 @@ def param_groups(
     `group["lr"] = lr_at(...) * group["lr_scale"]`.
 
     Biases, norms, and class and positional embeddings have no weight decay, as in the official
-    code. Decay keeps weight matrices small. These are few numbers that set offsets and scales.
-    Frozen parameters are in no group.
+    code: parameters of one dimension, and names in _embedding, _token or pos_embed. Decay keeps
+    weight matrices small. These are few numbers that set offsets and scales. Frozen parameters are
+    in no group.
 
     The model must not be wrapped in DDP or torch.compile, which change the names. `layer_of` is
     layer_id, or a function like it for your model. Returns at most two groups per layer, from the
@@ -528,7 +528,7 @@ class EMA:
     The weights oscillate from step to step around a point to which they converge slowly. Their
     average oscillates less and is closer to it. In the four published runs, the best EMA is 0.9 to
     1.7 points above the best raw weights. (The 0.3 points of Figure 1 are from an earlier row, with
-    one learning rate for all layers and 100 epochs.)
+    one learning rate for all layers.)
 
     The average covers about 1 / (1 - decay) steps: 5,000 for the paper's 0.9998, which are eight
     epochs of ImageNet. It begins as a copy of the weights, and at first it still consists mostly of
@@ -558,8 +558,8 @@ class EMA:
 #
 # Augmentation shows each image differently in each epoch, which keeps a large model from learning
 # the images by heart. RandAugment and random erasing distort an image, but it still shows one
-# object with one label, and they stay in the recipe. MixUp and CutMix blend two images and two
-# labels into something that CLIP has never seen, and the final recipe leaves them out.
+# object with one label, and they stay in the recipe. MixUp and CutMix blend two images
+# and their labels, and the final recipe leaves them out.
 #
 # The path of a training image:
 #
@@ -597,7 +597,7 @@ class RandAugment:
     std: float = 0.5
     num_ops: int = 2
     probability: float = 0.5
-    fill: tuple[int, int, int] = (123, 117, 104)  # 255 * CLIP_MEAN, for what lies outside the image
+    fill: tuple[int, int, int] = (123, 117, 104)  # 255 * CLIP_MEAN: what lies outside the image
 
     def __call__(self, image: Image.Image) -> Image.Image:
         for op in random.choices(self.OPS, k=self.num_ops):
@@ -665,6 +665,8 @@ def train_transform(
 ) -> Callable:
     """The transform of training images: `augment` with a random crop to image_size.
 
+    It takes and returns uint8, so `normalize` and `random_erasing` must follow, on the batch.
+
     A crop of 8 to 100 % of the area shows objects at many sizes, and often only a part of one.
     `randaug` is RandAugment() or another function from Pillow image to Pillow image. All randomness
     comes from the global generators of `random` and torch.
@@ -700,11 +702,12 @@ def eval_transform(image: Tensor | Image.Image, image_size: int) -> Tensor:
 
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:
-    """Random erasing (arXiv 1708.04896): in some images (N, C, H, W) a box becomes noise, in place.
+    """Random erasing (arXiv 1708.04896): a box of some images becomes noise, in place.
 
-    The model must then recognize an object from the rest of it. The box covers 2 to 33 % of the
-    image, with a height / width from 0.3 to 1 / 0.3, log-uniform. It is filled with N(0, 1) per
-    pixel and channel, the mean and variance of a normalized image.
+    Takes normalized images (N, C, H, W). The model must then recognize an object from the rest of
+    it. The box covers 2 to 33 % of the image, with a height / width from 0.3 to 1 / 0.3,
+    log-uniform. It is filled with N(0, 1) per pixel and channel, the mean and variance of a
+    normalized image.
 
     Boxes are drawn from the module `random`, noise from torch's generator of the device.
     """
@@ -870,11 +873,12 @@ def train_step(
     Without it the loss rewards ever larger logits, for wrong labels too. Mixed labels are smoothed
     in the same way.
 
-    `batches` gives normalized images (N, 3, S, S), and labels (N,) or probabilities
-    (N, num_classes), on the model's device. The optimizer has the learning rates of this step. The
-    scaler is enabled for fp16 only. `clip_grad` 0 is off. Returns the mean loss of this process's
-    images, on the device: reading it waits for the GPU. Raises StopIteration, before the weights
-    change, if there are too few micro-batches.
+    `batches` is an iterator. It gives normalized images (N, 3, S, S), and labels (N,) or
+    probabilities (N, num_classes), on the model's device. The optimizer has the learning rates of
+    this step. The scaler is enabled for fp16 only: torch.amp.GradScaler(enabled=False) does
+    nothing. `clip_grad` 0 is off. Returns the mean loss of this process's images, on the device:
+    reading it waits for the GPU. Raises StopIteration, before the weights change, if there are too
+    few micro-batches.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -920,7 +924,8 @@ def evaluate(
     (run_class_finetuning.py:275-281).
 
     Batches are normalized images (N, 3, S, S) and labels (N,). For {"a": model} the result has the
-    keys "a_top1", "a_top5" and "images". With up to five classes, top-5 is 100.
+    keys "a_top1", "a_top5" and "images". With up to five classes, top-5 is 100. The models are left
+    in evaluation mode.
     """
     device = next(next(iter(models.values())).parameters()).device
     counts = torch.zeros(len(models), 2, dtype=torch.long, device=device)  # top-1, top-5
@@ -1004,7 +1009,7 @@ def train(
 
 
 def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
-    """The recipe of a run: what is given, else the nearest recipe's, adjusted for few images.
+    """The recipe of a run: what is given, else that of the nearest run, adjusted for few images.
 
     Examples with one device and ViT-B/16 at 224 pixels: 1,500 images give batch size 32, 46 steps
     per epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
@@ -1239,7 +1244,10 @@ FORMAT = "ftclip 4"  # of checkpoints; another number when they change
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write a file on the first process. It always is the complete old or the complete new one."""
+    """Write a file on the first process. It always is the complete old or the complete new one.
+
+    `state` has tensors and plain values only, because load_checkpoint refuses all else.
+    """
     if rank_and_world()[0] > 0:
         return
     path = Path(path)
@@ -1277,6 +1285,9 @@ def load_classifier(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[CLIPClassifier, list[str], Callable]:
     """A trained model for use, with the EMA weights of a best.pt or last.pt.
+
+    Such a file has "ema" (a state dict), "classes" (a list of names) and "model_config" (the
+    model's `config`).
 
     Returns the model in evaluation mode, the class names in the order of its outputs, and the
     transform from an image, of read_image or a Pillow image, to the float32 (3, S, S) that it

@@ -735,7 +735,7 @@ def test_the_model_works_in_other_hands(tmp_path):
     expected = model(images)
     traced = torch.jit.trace(model, images[:2])  # then another batch size
     torch.testing.assert_close(traced(images), expected)
-    batch = {0: torch.export.Dim("batch")}
+    batch = {0: torch.export.Dim.DYNAMIC}
     exported = torch.export.export(model, (images[:2],), dynamic_shapes=(batch,))
     torch.testing.assert_close(exported.module()(images), expected)
     if "x86" in torch.backends.quantized.supported_engines:
