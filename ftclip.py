@@ -1108,7 +1108,7 @@ class Options:
     eval_every: int = 1  # epochs between evaluations, 0: only after the last epoch
     dry_run: bool = False  # print the plan and write nothing
     demo: bool = False  # train a tiny ViT on images that the script draws
-    eval: str = ""  # best.pt or last.pt to evaluate on DIR/val, instead of a run
+    eval: str = ""  # best.pt or last.pt to evaluate on DIR/val; default: train instead
 
 
 def model_config(model: str | dict) -> dict:
@@ -1167,8 +1167,9 @@ def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor],
         tag = find_tag(model, pretrained)
         quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
     # Training scripts often save their flags, an argparse.Namespace, beside the weights.
+    need = ": it takes an intact file, or a tag and a network"
     trusted = torch.serialization.safe_globals([argparse.Namespace])
-    with explain(f"cannot load --pretrained {pretrained}"), trusted:
+    with explain(f"cannot load --pretrained {pretrained}{need}"), trusted:
         path = open_clip.download_pretrained(tag) or pretrained
         try:
             weights = open_clip.factory.load_state_dict(path)
@@ -1521,6 +1522,9 @@ class FolderDataset(ImageFolder):
             )
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        if not os.path.isdir(directory):
+            need = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/"
+            raise UserError(f"there is no folder {directory}: {need}")
         found, _ = super().find_classes(directory)
         found = [name for name in found if not name.startswith(".")]
         classes = self.known_classes or found
@@ -1556,7 +1560,7 @@ def open_folders(options: Options, seed: int) -> tuple[FolderDataset, FolderData
     for split, dataset in (("training", train_set), ("validation", val_set)):
         log(f"{len(dataset):,} {split} images in {dataset.root}")
         if dataset.left_out:
-            log(f"  left out: {len(dataset.left_out):,} files such as {dataset.left_out[0]}")
+            log(f"  left out: {len(dataset.left_out):,} file(s) such as {dataset.left_out[0]}")
     log(f"{len(train_set.classes):,} classes: {', '.join(train_set.classes)[:60]}")
     return train_set, val_set
 
@@ -1609,8 +1613,8 @@ def start_process(options: Options) -> None:
     if options.device == "cuda":
         if local_rank >= gpus:
             raise UserError(
-                f"process {local_rank} needs a GPU of its own, and PyTorch sees {gpus}: "
-                "lower --nproc_per_node, or give --device cpu"
+                f"PyTorch sees {gpus} GPU(s), and each process needs one of its own: lower "
+                "--nproc_per_node, or give --device cpu"
             )
         torch.cuda.set_device(local_rank)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1713,7 +1717,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = [run for run in RECIPES if run[0].model == paper_model]
     nearest, most_images = min(runs, key=lambda run: abs(run[0].image_size - image_size))
     if options.dry_run and options.data in (Options.data, DEMO["data"]):
-        log(f"A dry run assumes the number of images in {options.data}, without reading it.")
+        log("Dry run: the number of images is assumed. With --data DIR it is counted.")
     else:
         train_set, val_set = open_folders(options, given.get("seed", 0))
         given |= {"num_images": len(train_set), "num_classes": len(train_set.classes)}
@@ -1775,13 +1779,13 @@ def cli() -> int:
     except (UserError, OSError) as error:
         text = str(error)
     except KeyboardInterrupt:
-        text = "stopped: the same command resumes from last.pt"
+        text = "stopped: the same command resumes from last.pt, which is at most --save-minutes old"
     except torch.OutOfMemoryError:
         text = "the GPU has not enough memory: halve --micro-batch-size, the batch stays the same"
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # let rank 0 print first; torchrun then ends this process
     # After an error in a loader worker, the text is a traceback that ends with the sentence.
-    text = text.split("UserError: ")[-1].replace("\n", " ")
+    text = " ".join(text.split("UserError: ")[-1].split())
     print(f"ftclip: {text}", file=sys.stderr)
     return 2
 

@@ -1673,7 +1673,9 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(tiny, data, tmp_path):
     os.killpg(pid, signal.SIGINT)  # a terminal signals the loader's worker too
     assert status_of(pid) == 2
     text = (tmp_path / "log").read_text()
-    assert re.search(r"\nftclip: stopped: the same command resumes from last.pt\n$", text)
+    assert re.search(
+        r"\nftclip: stopped: the same command resumes from last.pt, .*--save-minutes old\n$", text
+    )
     assert "Traceback" not in text
     assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] < 72
 
@@ -1910,7 +1912,7 @@ BROKEN = (
     "no-val",
 )
 MISTAKES = {  # flags → what the sentence must name
-    "--data {images}/nowhere": "No such file or directory: .*nowhere/train",
+    "--data {images}/nowhere": "there is no folder .*nowhere/train: --data DIR needs",
     "--data {flat}": "Couldn't find any class folder in .*flat/val",
     "--data {differ}": "differ/val has the class moth, which training does not have",
     "--data {empty}": "Found no valid file for the classes cat",
@@ -1999,10 +2001,10 @@ def test_the_plan_says_what_was_found(places, tiny, capsys, tmp_path):
     )
     text = capsys.readouterr().out
     assert re.search(
-        r"48 training images in \S+train\n.*1 files such as \S+train/ant/photo.heic", text
+        r"48 training images in \S+train\n.*1 file.s. such as \S+train/ant/photo.heic", text
     )
     assert re.search(
-        r"13 validation images in \S+val\n.*1 files such as \S+val/ant/photo.heic", text
+        r"13 validation images in \S+val\n.*1 file.s. such as \S+val/ant/photo.heic", text
     )
     assert f"3 classes: {', '.join(CLASSES)}" in text
 
@@ -2022,7 +2024,7 @@ def test_help_shows_each_flag_with_its_default(capsys):
 def test_too_few_gpus_are_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run_status(["--device", "cuda"], monkeypatch) == 2
-    assert "needs a GPU of its own, and PyTorch sees 0: lower --nproc" in capsys.readouterr().err
+    assert re.search("PyTorch sees 0 GPU.*lower --nproc", capsys.readouterr().err)
 
 
 def test_an_error_in_a_loader_worker_is_one_line(tiny, places, tmp_path, monkeypatch, capsys):
