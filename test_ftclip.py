@@ -1085,6 +1085,9 @@ def test_train_crop_is_timms_and_mirrored_half_the_time(size, scale):
         while len(boxes) < draws:
             params = crop.make_params([image])
             boxes.append(tuple(params[key] for key in ("top", "left", "height", "width")))
+    row = torch.arange(2)
+    same = sum(torch.equal(ftclip.augment(row, crop=torch.clone), row) for _ in range(4000))
+    assert abs(same / 4000 - 0.5) < 5 * math.sqrt(0.25 / 4000)
     theirs = RandomResizedCropAndInterpolation(48, (scale, 1), interpolation="bicubic")
     params = [theirs.get_params(picture, theirs.scale, theirs.ratio) for _ in range(draws)]
     assert_same_distribution(boxes, params, size)
@@ -1302,6 +1305,17 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
         assert not same(first[0], sample((3, index))[0])
         assert not same(first[0], sample((2, index), seed=1)[0])
     np.testing.assert_equal(np.random.get_state(), numpy_state)
+
+
+def test_each_micro_batch_has_noise_of_its_own_and_a_resumed_run_the_same():
+    recipe = ftclip.Recipe(num_images=8, batch_size=8, epochs=2, random_erasing=1.0)
+    options = ftclip.Options(micro_batch_size=4, workers=0, device="cpu")
+    black = (torch.zeros(3, 32, 32, dtype=torch.uint8), 0)
+    dataset = collections.defaultdict(lambda: black)
+    images = [batch for batch, _ in ftclip.device_batches(recipe, options, dataset, 0)]
+    resumed = [batch for batch, _ in ftclip.device_batches(recipe, options, dataset, 1)]
+    assert len(images) == 4 and same(images[2:], resumed)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(images, 2))
 
 
 def test_images_of_any_shape_go_through_both_transforms_and_other_tensors_do_not():
