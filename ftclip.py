@@ -1335,8 +1335,10 @@ def load_last(recipe: Recipe, options: Options, vision: dict, classes: list[str]
     return state
 
 
-def lock(output: str) -> object:
-    """Keep other runs out of a folder, until this process ends or the result is deleted."""
+def lock(output: str) -> contextlib.AbstractContextManager:
+    """Keep other runs out of a folder, as long as the first process is in this context."""
+    if rank_and_world()[0] > 0:
+        return contextlib.nullcontext()
     import fcntl  # not at the top: Windows does not have it, and can use best.pt all the same
 
     os.makedirs(output, exist_ok=True)
@@ -1704,7 +1706,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.eval:
         run_eval(options)
         return
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     name = given.get("model", B16.model)
     vision = model_config(name)["vision_cfg"]
     image_size = given.setdefault("image_size", vision["image_size"])
@@ -1759,15 +1761,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         return
 
-    held = lock(options.output) if rank == 0 else None
     log(f"Output: {options.output}, from step {state.get('step', 0):,}")
     classifier.trunk.grad_checkpointing = options.grad_checkpointing
     classifier.to(options.device)
     randaug = RandAugment(recipe.randaug) if recipe.randaug > 0 else None
     train_set.transform = train_transform(image_size, recipe.crop_scale, randaug)
     val_set.transform = functools.partial(eval_transform, image_size=image_size)
-    train(recipe, options, classifier, train_set, val_set, state)
-    del held  # releases the lock
+    with lock(options.output):
+        train(recipe, options, classifier, train_set, val_set, state)
     log(f"Finished: {options.output}/best.pt has the EMA weights of the best epoch on val")
 
 

@@ -1698,13 +1698,12 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, data, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", "--epochs", 9)
     pid = start(argv, tmp_path / "log")
     wait_for((tmp_path / "run" / "last.pt").exists)
-    os.kill(pid, signal.SIGSTOP)
-    assert status_of(start(argv, tmp_path / "second")) == 2
-    assert (
-        "run is in use by another run: give another --output" in (tmp_path / "second").read_text()
-    )
+    os.kill(pid, signal.SIGSTOP)  # it holds the folder and does not end
+    status = status_of(start(argv, tmp_path / "second"))
     os.killpg(pid, signal.SIGKILL)
     assert status_of(pid) == -signal.SIGKILL
+    assert status == 2
+    assert "run is in use by another run: give another" in (tmp_path / "second").read_text()
     assert status_of(start(argv, tmp_path / "third")) == 0  # the killed run has left no lock
 
 
