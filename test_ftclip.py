@@ -1238,6 +1238,7 @@ def test_images_are_told_by_their_ending_and_hidden_ones_left_out(data, tmp_path
     (ants / "below").mkdir()
     photo(9, 9).save(ants / "below" / "more.GIF")
     (ants / "list.txt").write_text("no image")
+    (ants / ".DS_Store").write_text("hidden, and no image")
     (ants / "._0.png").write_text("macOS writes such files")
     for hidden in (ants / ".ipynb_checkpoints", tmp_path / "train" / ".trash"):
         hidden.mkdir()
