@@ -988,6 +988,7 @@ def train(
     clip_grad = recipe.clip_grad
     batches = device_batches(recipe, options, train_set, progress.step)
     val_batches = eval_batches(val_set, options)
+    iter(val_batches)  # starts its workers now, since later a fork among busy threads may hang
 
     for step in range(progress.step, recipe.total_steps):
         lr = lr_at(step, recipe.total_steps, recipe.warmup_steps, recipe.lr, recipe.min_lr)
