@@ -27,10 +27,10 @@ program", has flags, files and printing. To use a piece elsewhere, copy it with 
 the names on the right, in the order of this file. If a name on the right has a row of its own, copy
 that row too.
 
-    lr_at, EMA, train_step, CLIPClassifier, RandAugment, random_erasing    nothing more
+    lr_at, EMA, train_step, CLIPClassifier                nothing more
+    RandAugment, train_transform, random_erasing          nothing more
     explain                 UserError
     param_groups            layer_id, also if you pass a layer_of for the names of your model
-    train_transform         augment
     normalize               CLIP_MEAN, CLIP_STD
     eval_transform          to_rgb, normalize
     read_image              to_rgb, explain
@@ -38,7 +38,7 @@ that row too.
     resolve                 Recipe, UserError
     micro_batch_keys        Recipe
     evaluate                all_sum
-    build_model             the part "model", model_config, read_weights, find_tag, explain
+    build_model             the part "model", model_config, read_weights, explain
     save_checkpoint         rank_and_world, FORMAT, UserError
     load_checkpoint         FORMAT, explain
     load_classifier         build_model, eval_transform, load_checkpoint
@@ -645,35 +645,27 @@ class RandAugment:
         return image.transform(image.size, mode, matrix, bicubic, fillcolor=self.fill)
 
 
-def augment(image: Tensor, crop: Callable, randaug: Callable | None = None) -> Tensor:
-    """Crop, flip and RandAugment of a training image, uint8 (3, H, W) to uint8 (3, S, S).
-
-    The crop is taken and resized on the tensor, which is faster than on a Pillow image. The result
-    is uint8, because bytes are copied to the GPU in a quarter of the time of floats. To add an
-    augmentation, add a line here.
-    """
-    image = crop(image)
-    if random.random() < 0.5:
-        image = image.flip(-1)
-    if randaug is not None:
-        image = TF.pil_to_tensor(randaug(TF.to_pil_image(image)))
-    return image
-
-
 def train_transform(
     image_size: int, crop_scale: float = 0.08, randaug: Callable | None = None
 ) -> Callable:
-    """The transform of training images: `augment` with a random crop to image_size.
-
-    It takes and returns uint8, so `normalize` and `random_erasing` must follow, on the batch.
+    """The transform of training images, from uint8 (3, H, W) to uint8 (3, image_size, image_size).
 
     A crop of 8 to 100 % of the area shows objects at many sizes, and often only a part of one.
-    `randaug` is RandAugment() or another function from Pillow image to Pillow image. All randomness
+    `randaug` is RandAugment() or another function from Pillow image to Pillow image. To add an
+    augmentation, add it to the list. `normalize` and `random_erasing` must follow, on the batch.
+
+    The crop is taken and resized on the tensor, which is faster than on a Pillow image. The result
+    is uint8, because bytes are copied to the GPU in a quarter of the time of floats. All randomness
     comes from the global generators of `random` and torch.
     """
     bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(image_size, scale=(crop_scale, 1.0), interpolation=bicubic)
-    return functools.partial(augment, crop=crop, randaug=randaug)
+    steps = [
+        v2.RandomResizedCrop(image_size, scale=(crop_scale, 1.0), interpolation=bicubic),
+        v2.RandomHorizontalFlip(),
+    ]
+    if randaug is not None:
+        steps += [v2.ToPILImage(), randaug, v2.PILToTensor()]
+    return v2.Compose(steps)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -948,6 +940,7 @@ def evaluate(
     return result
 
 
+LOG_STEPS = 20  # between reports
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
@@ -986,6 +979,7 @@ def train(
     amp_dtype = AMP_DTYPES[options.amp]
     smoothing = recipe.label_smoothing
     clip_grad = recipe.clip_grad
+    eval_every = options.eval_every or recipe.epochs
     batches = device_batches(recipe, options, train_set, progress.step)
     val_batches = eval_batches(val_set, options)
     iter(val_batches)  # starts its workers now, since later a fork among busy threads may hang
@@ -999,9 +993,15 @@ def train(
         )
         ema.update(classifier)
 
-        progress.finish_step(loss, lr)
-        if (step + 1) % recipe.steps_per_epoch == 0:
-            accuracy = evaluate(models, val_batches, amp_dtype) if progress.wants_accuracy() else {}
+        progress.step = step + 1
+        progress.loss_sum = progress.loss_sum + loss
+        epoch, rest = divmod(step + 1, recipe.steps_per_epoch)
+        if step % LOG_STEPS > 0 and rest > 0:
+            continue  # to read a loss, the CPU must wait for the GPU
+        progress.report(lr)
+        if rest == 0:
+            due = epoch == recipe.epochs or epoch % eval_every == 0
+            accuracy = evaluate(models, val_batches, amp_dtype) if due else {}
             progress.finish_epoch(accuracy, lr)
         progress.save_when_due()
 
@@ -1084,9 +1084,8 @@ def explain(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # JSON, zip, pickle, decoders, torch and the hub: each has its own
-        # The first sentence. torch's next one would suggest weights_only=False.
-        reason = " ".join(str(error).split(". ")[0].split())
-        raise UserError(f"{what} ({reason[:300]})") from error
+        reason = str(error).split(". ")[0]  # torch's next sentence suggests weights_only=False
+        raise UserError(f"{what} ({reason})") from error
 
 
 @dataclass
@@ -1116,41 +1115,26 @@ def model_config(model: str | dict) -> dict:
     """Configuration of a plain vision transformer: {"quick_gelu": bool, "vision_cfg": {...}}.
 
     `model` is an open_clip name, the path of a JSON file in the format of open_clip or of its files
-    on the hub, or the contents of such a file. Raises UserError for an unknown model, and for one
-    that is not a plain ViT.
+    on the hub, or the contents of such a file. Raises UserError for all else.
     """
-    config = model
-    with explain(f"cannot read --model {model}"):
+    vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
+    vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
+    without_effect = ("pool_type", "final_ln_after_pool", "output_tokens")  # about the output
+    with explain(f"--model {model} is no plain ViT such as ViT-B-16, and no JSON file of one"):
+        config = model
         if os.path.isfile(str(model)):
             config = json.loads(Path(model).read_text())
         elif isinstance(model, str):
             import open_clip  # not at the top: it takes seconds, and not each use needs it
 
-            config = open_clip.get_model_config(model)
-    config = config or {}
-    config = config.get("model_cfg", config)  # the hub's files have it one level down
-    if "vision_cfg" not in config:
-        raise UserError(f"--model {model} is no file and no open_clip model such as ViT-B-16")
-    vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
-    vision |= {"head_width": 64, "mlp_ratio": 4.0, "no_ln_pre": False}
-    without_effect = ("pool_type", "final_ln_after_pool", "output_tokens")  # about the output
-    for key, value in config["vision_cfg"].items():
-        if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
-            vision[key] = value
-        elif value and key not in without_effect:
-            raise UserError(f"--model {model} is not a plain ViT, because {key} is {value}")
+            config = open_clip.get_model_config(model) or {}
+        config = config.get("model_cfg", config)  # the hub's files have it one level down
+        for key, value in config["vision_cfg"].items():
+            if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
+                vision[key] = value
+            elif value and key not in without_effect:
+                raise ValueError(f"its {key} is {value}")
     return {"quick_gelu": config.get("quick_gelu", False), "vision_cfg": vision}
-
-
-def find_tag(model: str | dict, pretrained: str) -> dict:
-    """What open_clip knows of a tag: where its weights are, and whether they need QuickGELU."""
-    import open_clip
-
-    tag = open_clip.get_pretrained_cfg(str(model), pretrained)
-    if not tag:
-        tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
-        raise UserError(f"--pretrained {pretrained} is no file and no tag: give one of {tags}")
-    return tag
 
 
 def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor], bool | None]:
@@ -1163,15 +1147,18 @@ def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor],
     import open_clip
 
     quick_gelu = None
-    tag = {}
-    if not os.path.isfile(pretrained):
-        tag = find_tag(model, pretrained)
-        quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
+    path = pretrained
     # Training scripts often save their flags, an argparse.Namespace, beside the weights.
-    need = ": it takes an intact file, or a tag and a network"
     trusted = torch.serialization.safe_globals([argparse.Namespace])
-    with explain(f"cannot load --pretrained {pretrained}{need}"), trusted:
-        path = open_clip.download_pretrained(tag) or pretrained
+    need = "it takes an intact file, or a tag and a network"
+    with explain(f"cannot load --pretrained {pretrained}: {need}"), trusted:
+        if not os.path.isfile(pretrained):
+            tag = open_clip.get_pretrained_cfg(str(model), pretrained)
+            if not tag:
+                tags = ["none", *open_clip.list_pretrained_tags_by_model(str(model))]
+                raise ValueError(f"the tags are {tags}")
+            path = open_clip.download_pretrained(tag)
+            quick_gelu = tag.get("quick_gelu", False)  # open_clip 3 itself ignores it
         try:
             weights = open_clip.factory.load_state_dict(path)
         except RuntimeError:  # perhaps it is TorchScript, as OpenAI's own files are
@@ -1181,9 +1168,7 @@ def read_weights(model: str | dict, pretrained: str) -> tuple[dict[str, Tensor],
     if "model_config" in weights:  # a best.pt or last.pt of this program
         quick_gelu = weights["model_config"]["quick_gelu"]
     for key in ("ema", "model", "model_ema"):
-        if key in weights:
-            weights = weights[key]
-            break
+        weights = weights.get(key, weights)
 
     # The trunk is where conv1 is: behind "visual." in a whole CLIP, "module.visual." after DDP,
     # "trunk." in a best.pt of this program. Other parts are left behind.
@@ -1277,9 +1262,10 @@ def load_checkpoint(path: str | Path) -> dict:
             if archive.testzip():  # checks the checksums, which torch.load does not
                 raise zipfile.BadZipFile("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} has format {found}, not {FORMAT}: it is of another version")
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"its format is {state.get('format')}, and this version reads {FORMAT}"
+            )
     return state
 
 
@@ -1289,17 +1275,14 @@ def load_classifier(
     """A trained model for use, with the EMA weights of a best.pt or last.pt.
 
     Such a file has "ema" (a state dict), "classes" (a list of names) and "model_config" (the
-    model's `config`).
-
-    Returns the model in evaluation mode, the class names in the order of its outputs, and the
-    transform from an image, of read_image or a Pillow image, to the float32 (3, S, S) that it
-    takes.
+    model's `config`). Returns the model in evaluation mode, the class names in the order of its
+    outputs, and the transform from an image, of read_image or a Pillow image, to the float32
+    (3, S, S) that the model takes.
     """
     state = load_checkpoint(path)
     with torch.device("meta"):  # no random weights, only to be replaced
         model = build_model(state["model_config"], len(state["classes"]))
-    weights = {name: weight.clone() for name, weight in state["ema"].items()}  # out of the file
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(state["ema"], assign=True)
     image_size = model.config["vision_cfg"]["image_size"]
     transform = functools.partial(eval_transform, image_size=image_size)
     return model.eval().to(device), state["classes"], transform
@@ -1314,10 +1297,10 @@ def load_last(recipe: Recipe, options: Options, vision: dict, classes: list[str]
     if not last.exists() and last.with_name("best.pt").exists():
         raise UserError(f"{options.output} has a best.pt, but no last.pt: give another --output")
     state = load_checkpoint(last) if last.exists() else {}
-    now = asdict(recipe) | vision
-    del now["model"]  # a name or a path; its configuration is compared
     if state:
-        before = state["recipe"] | state["model_config"]["vision_cfg"]
+        now = vision | asdict(recipe)
+        before = state["model_config"]["vision_cfg"] | state["recipe"]
+        del now["model"]  # a name or a path; its configuration is compared
         changes = [f"{key} {before[key]} → {now[key]}" for key in now if now[key] != before[key]]
         changes += [f"class {name}" for name in sorted(set(classes) ^ set(state["classes"]))]
         if changes:
@@ -1325,14 +1308,10 @@ def load_last(recipe: Recipe, options: Options, vision: dict, classes: list[str]
                 f"{last} is from another run ({', '.join(changes)[:300]}): "
                 "give its flags, or another --output"
             )
+    seen = torch.tensor([recipe.num_images, state.get("step", 0)])
     _, world = rank_and_world()
-    if world > 1:  # perhaps on nodes without a common disk
-        views = [None] * world
-        dist.all_gather_object(views, (now, state.get("step")))
-        if any(view != views[0] for view in views):
-            raise UserError(
-                f"nodes see different images or another {last}: put both on a shared disk"
-            )
+    if not torch.equal(world * seen, all_sum(seen.clone())):  # nodes without a common disk
+        raise UserError(f"nodes see different images or another {last}: put both on a shared disk")
     return state
 
 
@@ -1353,9 +1332,6 @@ def lock(output: str) -> contextlib.AbstractContextManager:
     return file
 
 
-LOG_STEPS = 20  # between reports, because reading a loss waits for the GPU
-
-
 class Progress:
     """What a run has done so far: steps, losses, and a record of each epoch. Saves and prints it.
 
@@ -1374,53 +1350,42 @@ class Progress:
         config = parts["model"].config
         self.about = {"recipe": asdict(recipe), "classes": classes, "model_config": config}
         self.step = state.get("step", 0)  # optimizer steps done
-        self.loss_sum = state.get("loss_sum", 0.0)  # of the reported steps of this epoch
+        self.loss_sum = state.get("loss_sum", 0.0)  # of the steps of this epoch
         self.history = state.get("history", [])  # a record of each epoch
         for name, part in parts.items():
             if state.get(name):  # the scaler of a run without fp16 is empty
                 part.load_state_dict(state[name])
-        self.losses = []  # since the last report
-        self.reported = time.monotonic()
+        self.first_step = self.step
+        self.start = time.monotonic()
         self.saved = -math.inf
 
-    def finish_step(self, loss: Tensor, lr: float) -> None:
-        """Count the step. Every LOG_STEPS steps, and at an epoch's end, check and print the losses.
+    def report(self, lr: float) -> None:
+        """Print the mean loss of this epoch's steps so far, after a check in all processes.
 
-        Raises UserError, in all processes, if a loss or a weight is not finite. A run that has
-        diverged must stop before it is saved.
+        Raises UserError if a loss or a weight is not finite: a run that has diverged must stop
+        before it is saved. The speed is the mean since the start, with evaluations.
         """
-        self.losses.append(loss)
-        self.step += 1
-        epoch_ends = self.step % self.recipe.steps_per_epoch == 0
-        if not epoch_ends and (self.step - 1) % LOG_STEPS > 0:
-            return
-        means = all_sum(torch.stack(self.losses) / rank_and_world()[1]).tolist()
+        # The mean over the processes. Each goes on from it, so the next report is right, too.
+        self.loss_sum = all_sum(self.loss_sum / rank_and_world()[1])
+        loss = self.loss_sum.item() / ((self.step - 1) % self.recipe.steps_per_epoch + 1)
         # A finite loss can have an infinite gradient, which shows in the weights.
         weight_norm = nn.utils.get_total_norm(self.parts["model"].parameters()).item()
-        if not math.isfinite(sum(means) + weight_norm):
+        if not math.isfinite(loss + weight_norm):
             raise UserError(
-                f"the loss ({means[-1]:g}) or a weight is not finite at step {self.step}: resume "
+                f"the loss ({loss:g}) or a weight is not finite at step {self.step}: resume "
                 "from last.pt with --amp none, or start anew with a lower --lr"
             )
-        self.loss_sum += sum(means)
-        speed = len(means) / (time.monotonic() - self.reported)
+        speed = (self.step - self.first_step) / (time.monotonic() - self.start)  # steps per second
         left = timedelta(seconds=round((self.recipe.total_steps - self.step) / speed))
-        text = f"step {self.step:,}  loss {means[-1]:.4f}  lr {lr:.2e}"
+        text = f"step {self.step:,}  loss {loss:.4f}  lr {lr:.2e}"
         text += f"  {speed * self.recipe.batch_size:,.0f} images/s  {left} left"
         if self.options.device == "cuda":
             text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         log(text, end="\r" if sys.stdout.isatty() else "\n")
-        self.losses.clear()
-        self.reported = time.monotonic()
-
-    def wants_accuracy(self) -> bool:
-        epoch = len(self.history) + 1
-        every = self.options.eval_every
-        return epoch == self.recipe.epochs or (every > 0 and epoch % every == 0)
 
     def finish_epoch(self, accuracy: dict, lr: float) -> None:
         """Add a record to the history and to metrics.jsonl. Save best.pt if it is the best."""
-        mean_loss = self.loss_sum / self.recipe.steps_per_epoch
+        mean_loss = self.loss_sum.item() / self.recipe.steps_per_epoch
         record = {"epoch": len(self.history) + 1, "train_loss": mean_loss, "lr": lr} | accuracy
         self.loss_sum = 0.0
         self.history.append(record)
@@ -1434,20 +1399,18 @@ class Progress:
         text = "  ".join(f"{key} {value:.5g}" for key, value in record.items())
         log(text.ljust(100))  # covers the line of the last step
         if rank_and_world()[0] == 0:
-            lines = [{"recipe": asdict(self.recipe)}, *self.history]
+            lines = [{"recipe": self.about["recipe"]}, *self.history]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             Path(self.options.output, "metrics.jsonl").write_text(text)
-        self.reported = time.monotonic()
 
     def save_when_due(self) -> None:
         due = time.monotonic() - self.saved >= 60 * self.options.save_minutes
-        if self.losses or not (due or self.step == self.recipe.total_steps):
-            return  # some losses are not checked yet, or it is not time
+        if not due and self.step < self.recipe.total_steps:
+            return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         numbers = {"step": self.step, "loss_sum": self.loss_sum, "history": self.history}
         save_checkpoint(f"{self.options.output}/last.pt", self.about | states | numbers)
         self.saved = time.monotonic()
-        self.reported = time.monotonic()
 
 
 def log(text: str, end: str = "\n") -> None:
@@ -1496,7 +1459,7 @@ class FolderDataset(ImageFolder):
 
     Names that begin with a dot are ignored, such as .ipynb_checkpoints. `left_out` lists the files
     that are skipped because of their ending. For validation, `classes` are those of training, so
-    that labels are the same, and a class may have no images. Raises UserError or an OSError for
+    that labels are the same, and a class may have no images. Raises ValueError or an OSError for
     folders that cannot be used in this way.
     """
 
@@ -1511,37 +1474,28 @@ class FolderDataset(ImageFolder):
         self.known_classes = classes
         self.left_out = []
         may_lack = classes is not None
-        super().__init__(
-            str(root),
-            transform,
-            loader=read_image,
-            is_valid_file=self.is_image,
-            allow_empty=may_lack,
-        )
+        super().__init__(str(root), transform, is_valid_file=self.is_image, allow_empty=may_lack)
+        self.loader = read_image
         if len(self.classes) < 2 or not self.samples:
-            raise UserError(
-                f"{root} has {len(self)} images of {self.classes}: put those of two classes or "
-                f"more into {root}/<class>/, with names that end in {', '.join(IMAGE_ENDINGS)}"
-            )
+            found = f"{len(self)} images of {self.classes}, left out: {self.left_out[:1]}"
+            raise ValueError(f"{root} has {found}")
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        if not os.path.isdir(directory):
-            need = "--data DIR needs images in DIR/train/<class>/ and DIR/val/<class>/"
-            raise UserError(f"there is no folder {directory}: {need}")
         found, _ = super().find_classes(directory)
         found = [name for name in found if not name.startswith(".")]
         classes = self.known_classes or found
         new = sorted(set(found) - set(classes))
         if new:
-            raise UserError(f"{directory} has the class {new[0]}, which training does not have")
+            raise ValueError(f"{directory} has the class {new[0]}, which training does not have")
         return classes, {name: label for label, name in enumerate(classes)}
 
     def is_image(self, path: str) -> bool:
-        is_hidden = f"{os.sep}." in path[len(self.root) :]
+        if f"{os.sep}." in path[len(self.root) :]:  # hidden
+            return False
         is_known = path.lower().endswith(IMAGE_ENDINGS)
-        if not is_hidden and not is_known:
+        if not is_known:
             self.left_out.append(path)
-        return is_known and not is_hidden
+        return is_known
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index = key
@@ -1558,12 +1512,14 @@ def open_folders(options: Options, seed: int) -> tuple[FolderDataset, FolderData
         if rank_and_world()[0] == 0 and not data.is_dir():
             draw_demo(data)
         all_sum(torch.zeros(1))  # the other processes wait here until the images are drawn
-    train_set = FolderDataset(data / "train", seed=seed)
-    val_set = FolderDataset(data / "val", classes=train_set.classes)
-    for split, dataset in (("training", train_set), ("validation", val_set)):
-        log(f"{len(dataset):,} {split} images in {dataset.root}")
-        if dataset.left_out:
-            log(f"  left out: {len(dataset.left_out):,} file(s) such as {dataset.left_out[0]}")
+    with explain(
+        "--data DIR needs images of two classes in DIR/train/<class>/ and DIR/val/<class>/"
+    ):
+        train_set = FolderDataset(data / "train", seed=seed)
+        val_set = FolderDataset(data / "val", classes=train_set.classes)
+    for dataset in (train_set, val_set):
+        others = f"left out: {len(dataset.left_out):,} {dataset.left_out[:1]}"
+        log(f"{len(dataset):,} images in {dataset.root}, {others}")
     log(f"{len(train_set.classes):,} classes: {', '.join(train_set.classes)[:60]}")
     return train_set, val_set
 
@@ -1584,18 +1540,18 @@ def parse_flags(argv: list[str] | None = None) -> tuple[dict, Options]:
         for field in fields(cls):
             if field.name.startswith("num_"):  # counted, not given
                 continue
-            flag = "--" + field.name.replace("_", "-")
             text = comments[field.name]
             if "default:" not in text:
                 text += f"; default: {field.default}"
             kinds = get_args(field.type) or (field.type,)  # of `int | None`, of a Literal
+            how = {"type": kinds[0]}
             if bool in kinds:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+                how = {"action": argparse.BooleanOptionalAction}
             elif "auto" in kinds:
-                group.add_argument(flag, choices=kinds, help=text)
-            else:
-                kind = os.path.expanduser if kinds[0] is str else kinds[0]  # "~" of a path
-                group.add_argument(flag, type=kind, help=text)
+                how = {"choices": kinds}
+            elif str in kinds:
+                how = {"type": os.path.expanduser}  # "~" of a path
+            group.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(argv))
     if given.get("demo"):
         given = DEMO | given
@@ -1644,8 +1600,7 @@ def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPCla
     log(f"Schedule: {steps} steps, {recipe.warmup_steps:,} of them warm-up")
     log(f"EMA: over about {1 / (1 - recipe.ema_decay):,.0f} steps")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    activation = "QuickGELU" if model.config["quick_gelu"] else "GELU"
-    log(f"Model: {trained:,} parameters are trained, activation {activation}")
+    log(f"Model: {trained:,} parameters are trained")
     num_layers = model.config["vision_cfg"]["layers"]
     groups = param_groups(model, num_layers, recipe.lr, recipe.layer_decay, recipe.weight_decay)
     for layer, lr in sorted({(group["layer"], group["lr"]) for group in groups}, reverse=True):
@@ -1655,7 +1610,8 @@ def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPCla
 def run_eval(options: Options) -> None:
     """Print the accuracy of a checkpoint on DIR/val."""
     model, classes, transform = load_classifier(options.eval, options.device)
-    val_set = FolderDataset(f"{options.data}/val", transform, classes=classes)
+    with explain("--eval needs images in DIR/val/<class>/ of --data DIR"):
+        val_set = FolderDataset(f"{options.data}/val", transform, classes=classes)
     options.micro_batch_size = options.micro_batch_size or 64
     result = evaluate({"model": model}, eval_batches(val_set, options), AMP_DTYPES[options.amp])
     log(
@@ -1708,12 +1664,11 @@ def main(argv: list[str] | None = None) -> None:
         run_eval(options)
         return
     _, world = rank_and_world()
-    name = given.get("model", B16.model)
-    vision = model_config(name)["vision_cfg"]
+    model = given.get("model", B16.model)
+    vision = model_config(model)["vision_cfg"]
     image_size = given.setdefault("image_size", vision["image_size"])
-    vision["image_size"] = image_size
     if not options.output:
-        options.output = f"runs/{Path(options.data).name}-{Path(name).stem}-{image_size}"
+        options.output = f"runs/{Path(options.data).name}-{Path(model).stem}-{image_size}"
 
     # The nearest recipe: of the paper's runs with this depth, the one with the closest image size.
     paper_model = "ViT-L-14" if vision["layers"] > 12 else "ViT-B-16"
@@ -1734,26 +1689,15 @@ def main(argv: list[str] | None = None) -> None:
         accumulation += 1
     options.micro_batch_size = share // accumulation
 
-    state = {}
-    pretrained = recipe.pretrained
-    quick_gelu = recipe.quick_gelu
-    if not options.dry_run:
-        state = load_last(recipe, options, vision, train_set.classes)
-    elif pretrained != "none" and not os.path.isfile(pretrained):
-        tag = find_tag(name, pretrained)  # a dry run does not download it
-        pretrained = "none"
-        quick_gelu = tag.get("quick_gelu", False) if quick_gelu is None else quick_gelu
-    if state:
-        name = state["model_config"]  # which has the activation
-        pretrained = "none"  # because the state has the weights
+    state = {} if options.dry_run else load_last(recipe, options, vision, train_set.classes)
     torch.manual_seed(recipe.seed)
     with torch.device("meta" if options.dry_run else "cpu"):  # meta: shapes without numbers
         classifier = build_model(
-            name,
+            state.get("model_config", model),  # which has the activation
             recipe.num_classes,
-            pretrained,
+            "none" if state or options.dry_run else recipe.pretrained,  # the state has the weights
             image_size,
-            quick_gelu,
+            recipe.quick_gelu,
             recipe.drop_path,
             recipe.train_blocks,
             recipe.freeze_patch_embed,
