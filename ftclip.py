@@ -1690,12 +1690,15 @@ def main(argv: list[str] | None = None) -> None:
     options.micro_batch_size = share // accumulation
 
     state = {} if options.dry_run else load_last(recipe, options, vision, train_set.classes)
+    pretrained = recipe.pretrained
+    if state or (options.dry_run and not os.path.isfile(pretrained)):
+        pretrained = "none"  # the state has the weights, and a dry run downloads none
     torch.manual_seed(recipe.seed)
     with torch.device("meta" if options.dry_run else "cpu"):  # meta: shapes without numbers
         classifier = build_model(
             state.get("model_config", model),  # which has the activation
             recipe.num_classes,
-            "none" if state or options.dry_run else recipe.pretrained,  # the state has the weights
+            pretrained,
             image_size,
             recipe.quick_gelu,
             recipe.drop_path,
