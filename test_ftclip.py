@@ -2136,17 +2136,27 @@ def test_each_public_piece_works_when_pasted_into_an_empty_file(reference, data,
 # ------------------------------------------------------------------------------------ documents
 
 
+DOCUMENTS = ("README.md", "recipes.md", "benchmarks/README.md")
+TEXTS = {name: (HERE / name).read_text() for name in DOCUMENTS}
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of each command line of the documents and of ftclip.py's docstring."""
+    text = "\n".join([*TEXTS.values(), ftclip.__doc__]).replace("\\\n", " ")
+    shared = re.search(r'^FLAGS="(.*)"$', text, re.MULTILINE)[1]
+    text = text.replace("$FLAGS", shared)
+    found = re.findall(rf"(?:python|torchrun .*) {program} ?([^`#\n|]*)", text)
+    return [shlex.split(command) for command in dict.fromkeys(found)]
+
+
 def test_commands_in_the_documents_run(reference, tiny, data, tmp_path, monkeypatch):
-    """Dry, with our images in place of theirs. Those that evaluate do it."""
-    documents = ("README.md", "recipes.md", "ftclip.py")
-    text = "\n".join((HERE / name).read_text() for name in documents)
-    commands = re.findall(r"(?:python|torchrun .*) ftclip\.py ?([^`#\n|]*)", text)
-    assert len(commands) >= 10
-    for i, command in enumerate(dict.fromkeys(commands)):
+    """Dry, with our images and models in place of theirs. Those that evaluate do it."""
+    assert len(commands("ftclip.py")) >= 15
+    for i, argv in enumerate(commands("ftclip.py")):
         (tmp_path / str(i)).mkdir()
         monkeypatch.chdir(tmp_path / str(i))
-        shutil.copy(tiny, "tiny.json")
-        argv = shlex.split(command)
+        for name in ("tiny.json", "dinov2_s14.json"):
+            shutil.copy(tiny, name)
         _, options = ftclip.parse_flags(argv)
         stand_ins = {options.data: data}
         if options.eval:
@@ -2162,15 +2172,58 @@ def test_commands_in_the_documents_run(reference, tiny, data, tmp_path, monkeypa
             ftclip.main(argv)
 
 
+def test_flags_of_the_benchmarks_in_the_documents_exist():
+    ours = {
+        field.name for cls in (ftclip.Recipe, ftclip.Options) for field in dataclasses.fields(cls)
+    }
+    scripts = sorted(path.name for path in (HERE / "benchmarks").glob("*.py"))
+    for name in scripts:
+        source = (HERE / "benchmarks" / name).read_text()
+        assert name in TEXTS["benchmarks/README.md"]
+        for argv in commands(f"benchmarks/{name}"):
+            for word in argv:
+                if word.startswith("--") and " " not in word:
+                    assert f'"{word}"' in source or word[2:].replace("-", "_") in ours, argv
+
+
+def test_python_in_readme_runs(reference, data, tmp_path, monkeypatch, capsys):
+    """Each block, one after the other, with our images and model in place of flowers and CLIP."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        shutil.copytree(data / split, "small", dirs_exist_ok=True)
+    Path("runs").mkdir()
+    Path("runs/flowers-ViT-B-16-224").symlink_to(reference)
+    shutil.copy(next((data / "val" / CLASSES[0]).iterdir()), "rose.jpg")
+    build = ftclip.build_model
+    for_clip = {"ViT-B-16": lambda *_: build(TINY, 2)}
+    monkeypatch.setattr(
+        ftclip, "build_model", lambda model, *rest: for_clip.get(str(model), build)(model, *rest)
+    )
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXTS["README.md"], re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 11
+    space = {}
+    for block in blocks:
+        try:
+            exec(block, space)  # noqa: S102
+        except ModuleNotFoundError as error:  # which README says how to install
+            assert error.name in ("sklearn", "onnxscript"), block
+    text = capsys.readouterr().out
+    rows = Path("predictions.csv").read_text().splitlines()
+    assert len(rows) == len(list(Path("flowers/val").rglob("*.png"))) > 5
+    for name in CLASSES:
+        assert re.search(rf"^{name}: \d+ of \d+, most often taken for ", text, re.MULTILINE)
+    assert Path("flowers.pt2").exists()
+
+
 def test_every_row_of_the_recipes_runs_dry_and_changes_what_it_names(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     plans = []
     monkeypatch.setattr(ftclip, "print_plan", lambda nearest, recipe, *_: plans.append(recipe))
     monkeypatch.setattr(ftclip, "build_model", mock.Mock())
-    text = (HERE / "recipes.md").read_text()
-    rows = set(re.findall(r"\| `(--[^`]+)` \|$", text, re.MULTILINE))
-    rows = [shlex.split(row) for row in rows if " " in row or "no-" in row]  # flags with values
-    assert len(rows) > 20
+    tables = [line for line in TEXTS["recipes.md"].splitlines() if line.startswith("|")]
+    rows = set(re.findall(r"`(--[a-z][^`]+)`", "\n".join(tables)))
+    rows = [shlex.split(row) for row in rows if " " in row]  # flags with values
+    assert len(rows) > 35
     for argv in rows:
         ftclip.main([*argv, "--dry-run"])
         for flag, value in zip(argv, [*argv[1:], "--"]):
@@ -2181,12 +2234,29 @@ def test_every_row_of_the_recipes_runs_dry_and_changes_what_it_names(monkeypatch
     assert plans[-1].freeze_patch_embed is False
 
 
-def test_names_in_the_documents_exist():
-    text = (HERE / "recipes.md").read_text() + (HERE / "README.md").read_text()
-    assert set(re.findall(r"`(test_\w+)`", text)) <= globals().keys()
-    details = text[text.index("## Implementation details") : text.index("### Deviations")]
-    here = re.findall(r"\[`(\w+)`\]\(ftclip\.py\)", details)
-    assert len(here) > 20 and all(hasattr(ftclip, name) for name in here)
+def test_names_links_and_messages_in_the_documents_exist():
+    for document, text in TEXTS.items():
+        assert set(re.findall(r"`(test_\w+)`", text)) <= globals().keys()
+        for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+            if path.startswith("https://"):
+                continue
+            target = (HERE / document).parent / path if path else HERE / document
+            assert target.exists(), path
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+                anchors = [
+                    re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles
+                ]
+                assert anchor in anchors, anchor
+    details = TEXTS["recipes.md"].split("## Implementation details")[1].split("### Deviations")[0]
+    names = re.findall(r"^\| [^|]+ \| `(\w+)` \|", details, re.MULTILINE)
+    assert len(names) > 15 and all(hasattr(ftclip, name) for name in names)
+    source = re.sub(r'"\s*\n\s*f?"', "", SCRIPT.read_text())
+    messages = TEXTS["README.md"].split("## When something goes wrong")[1].split("##")[0]
+    parts = re.findall(r"^\| (`.+?) \|", messages, re.MULTILINE)
+    assert len(parts) >= 8
+    for part in re.findall(r"`([^`]+)`", " ".join(parts)):
+        assert part in re.sub(r"\{[^{}]*\}", "", source) or part in source, part
 
 
 @pytest.mark.parametrize("what", ["loader", "step"])

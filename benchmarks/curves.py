@@ -76,9 +76,11 @@ def draw_runs(files: list[Path], output: Path) -> None:
         evaluated = [record for record in records if "ema_top1" in record]
         epochs = [record["epoch"] for record in evaluated]
         for key, style in (("raw_top1", ".:"), ("ema_top1", ".-")):
-            top1.plot(epochs, [record[key] for record in evaluated], style, color=color)
-    top1.plot([], [], ":", color="0.3", label="raw")
-    top1.plot([], [], "-", color="0.3", label="EMA")
+            grey = len(files) == 1 and key == "raw_top1"  # as in the picture of the published runs
+            values = [record[key] for record in evaluated]
+            top1.plot(epochs, values, style, color="0.6" if grey else color)
+    top1.plot([], [], ":", color="0.6", label="raw")
+    top1.plot([], [], "-", color="C0" if len(files) == 1 else "0.3", label="EMA")
     top1.legend()
     lr.legend()
     for axes, title in ((loss, "training loss"), (top1, "top-1, %"), (lr, "lr of the head")):
@@ -90,7 +92,7 @@ def draw_runs(files: list[Path], output: Path) -> None:
 
 def draw_published(output: Path) -> None:
     """Raw and EMA top-1 of the four published runs by epoch."""
-    figure, all_axes = plt.subplots(1, 4, figsize=(11, 2.7), layout="constrained")
+    figure, all_axes = plt.subplots(1, 4, figsize=(12, 2.9), layout="constrained")
     for axes, run in zip(all_axes, PUBLISHED.split("\n\n")):
         name, epochs, raw, ema = run.strip().split(";")
         epochs = int(epochs)
@@ -98,17 +100,16 @@ def draw_published(output: Path) -> None:
         ema = [float(value) for value in ema.split()]
         best = max(ema)
         best_epoch = ema.index(best) + 1
-        axes.plot(range(1, len(raw) + 1), raw, color="0.6", label="raw")
+        axes.plot(range(1, len(raw) + 1), raw, ":", color="0.6", label="raw")
         axes.plot(range(1, len(ema) + 1), ema, color="C0", label="EMA")
         axes.plot(best_epoch, best, "C3o")
-        offset = {"textcoords": "offset points"}
-        axes.annotate(f"best {best:.2f}", (best_epoch, best), (0, 5), ha="center", **offset)
-        if len(ema) == epochs:
-            axes.plot(epochs, ema[-1], "C0s")
-            axes.annotate(f"last {ema[-1]:.2f}", (epochs, ema[-1]), (0, -22), ha="right", **offset)
-        axes.set(title=name, xlabel="epoch", xlim=(0, epochs + 1), ylim=(best - 6, best + 0.7))
+        above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"best {best:.2f}", (best_epoch, best), **above)
+        last = f"last EMA {ema[-1]:.2f}" if len(ema) == epochs else f"the log ends at {len(ema)}"
+        axes.set(title=f"{name}\n{last}", xlabel="epoch", xlim=(0, epochs + 1))
+        axes.set_ylim(best - 6, best + 0.7)
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("top-1, %")
+    all_axes[0].set_ylabel("top-1 on ImageNet-1k, %")
     all_axes[0].legend(loc="lower right")
     figure.savefig(output, dpi=80)
 

@@ -122,23 +122,24 @@ def logistic_regression(args: argparse.Namespace, data: Path) -> float:
     return max(scores)
 
 
-def draw(file: Path, steps: dict, partial: dict, others: dict) -> None:
+def draw(file: Path, title: str, steps: dict, partial: dict, others: dict) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print(f"{file.name} is drawn if matplotlib is installed (pip install matplotlib)")
         return
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.4), sharey=True, layout="constrained")
     titles = ("steps, each with those before it", "tuned blocks, the recipe", "other ways")
-    for axes, title, results in zip(panels, titles, (steps, partial, others)):
+    figure.suptitle(f"{title}. Small dots: one seed each. Large dots: their mean", fontsize=10)
+    for axes, name, results in zip(panels, titles, (steps, partial, others)):
         for i, scores in enumerate(results.values()):
             axes.plot([i] * len(scores), scores, ".", color="0.7")
         means = [statistics.mean(scores) for scores in results.values()]
         axes.plot(range(len(means)), means, "o" if results is others else "o-")
-        names = [str(name).replace(" ", "\n") for name in results]
-        axes.set_xticks(range(len(names)), names, fontsize=6)
+        turned = {} if results is partial else {"rotation": 35, "ha": "right"}
+        axes.set_xticks(range(len(results)), list(results), fontsize=8, **turned)
         axes.grid(axis="y", alpha=0.3)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(name, fontsize=9)
     panels[0].set_ylabel("top-1 after the last epoch, %", fontsize=9)
     figure.savefig(file, dpi=80)
 
@@ -237,7 +238,8 @@ def main() -> None:
     for name, scores in (tuned | others).items():
         print_row(name, scores, steps["weaken augmentations"], seconds.get(name, 0.0))
     if not args.dry_run:
-        draw(root / "figure1.png", steps, tuned, others)
+        title = f"{Path(args.model).stem}, {args.data.name}, {args.per_class} images of each class"
+        draw(root / "figure1.png", title, steps, tuned, others)
 
 
 if __name__ == "__main__":

@@ -76,5 +76,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ftclip.UserError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"preview: {error}")
