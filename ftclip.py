@@ -22,8 +22,8 @@ To use best.pt in Python:
 All accuracies here are the paper's. They have not been measured with this file. It needs Python
 3.10, torch 2.6, torchvision 0.21 and open_clip_torch 3, or newer.
 
-Read from top to bottom. The parts up to "few images" are the whole method. The last part, "the
-program", has flags, files and printing. To use a piece elsewhere, copy it with the imports and with
+Read from top to bottom. The method ends with the part "few images". The last part, "the program",
+has flags, files and printing. To use a piece elsewhere, copy it with the imports and with
 the names on the right, in the order of this file. If a name on the right has a row of its own, copy
 that row too.
 
@@ -97,8 +97,8 @@ from torchvision.transforms import v2
 #     384 pixels, lr 7e-4 instead of 6e-4, patch embedding trained  86.6 %  more detail
 #
 # (*) The figure names these two changes without their values. 50 epochs, no MixUp and no CutMix are
-# the final recipe's. 100 epochs fit the compute, which this row halves. The learning rates of the
-# first two rows are not known either.
+# the final recipe's. The row halves the compute, so the rows above it presumably have 100 epochs.
+# The learning rates of the first two rows are not known either.
 #
 # The model is CLIP's vision transformer with a new head: LayerNorm, mean over the patch tokens, and
 # a linear layer. One optimizer step, with AdamW on a global batch of 2048 images:
@@ -137,9 +137,9 @@ class Recipe:
     # Optimization.
     lr: float = 6e-4  # peak learning rate of the head; default: the nearest run's
     min_lr: float = 1e-6  # learning rate of the head at the end
-    layer_decay: float = 0.60  # lr of a layer / of the layer above; default: the nearest run's
-    epochs: int = 50  # passes over the images; default: nearest run's, or for 500 steps
-    warmup_epochs: float = 10.0  # epochs of rising lr; default: the nearest run's share
+    layer_decay: float = 0.60  # lr of a layer over that of the next; default: nearest run's
+    epochs: int = 50  # passes over the images; default: nearest run's, at least 500 steps
+    warmup_epochs: float = 10.0  # epochs of rising lr; default: same fraction as in nearest run
     batch_size: int = 2048  # images per step on all devices; default: nearest run's or fewer
     weight_decay: float = 0.05  # weight decay of AdamW, 0 is off
     ema_decay: float = 0.9998  # 0: the EMA equals the weights; default: the nearest run's or less
@@ -182,7 +182,7 @@ B16 = Recipe()
 L14 = Recipe(model="ViT-L-14", lr=4e-4, layer_decay=0.65, epochs=30, warmup_epochs=5.0)
 L14_336 = replace(L14, image_size=336, lr=6e-4, batch_size=1920, freeze_patch_embed=False)
 RECIPES = [
-    # (recipe, the most images that a GPU computes at once: its micro-batch); top-1 on ImageNet-1k
+    # (recipe, its micro-batch: the most images that a GPU computes at once)  # top-1, ImageNet-1k
     (B16, 256),  # 85.7 %
     (replace(B16, image_size=384, lr=7e-4, freeze_patch_embed=False), 64),  # 86.6 %
     (L14, 64),  # 88.0 %
@@ -320,8 +320,9 @@ class CLIPClassifier(nn.Module):
 
     The head starts a thousand times smaller than usual, so its first predictions are uniform. As
     long as a head is mostly random, it sends random directions to the trunk, and AdamW follows them
-    whatever their size. The small head has outgrown its random start after about 20 steps, in which
-    the learning rate is still near 0. A head of the usual size would need about 600.
+    whatever their size. In the paper's run of ViT-B/16 the small head has outgrown its random start
+    after about 20 steps, in which the learning rate is still near 0. A head of the usual size would
+    need about 600.
 
     `trunk` is any module from images (N, 3, S, S) to tokens (N, 1 + patches, width), class token
     first. Source: official models/finetune_clip.py:167-175, 230-231.
@@ -342,7 +343,7 @@ class CLIPClassifier(nn.Module):
         tokens = self.trunk(images)[:, 1:]  # (N, patches, width)
         features = self.norm(tokens).mean(dim=1)  # (N, width)
         # In bf16 the two largest logits are often equal, and the order of the classes would decide.
-        # So the head is not in autocast. It computes in the model's dtype, which the norm has too.
+        # So the head computes outside autocast, in the dtype of the weights.
         with torch.autocast(images.device.type, enabled=False):
             return self.head(features.to(self.norm.weight.dtype))
 
@@ -351,8 +352,8 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings for another image size: (1 + old^2, width) to (1 + grid^2, width).
 
     The class token's position stays as it is. The others are interpolated bicubically without
-    antialias, as in the paper's runs. open_clip resizes with antialias. PyTorch then uses another
-    cubic kernel, so the results differ even when the grid grows. The result is float32.
+    antialias, as in the paper's runs. open_clip resizes with antialias. With antialias PyTorch uses
+    another cubic kernel, so the results differ even when the grid grows. The result is float32.
 
     Source: official run_class_finetuning.py:360-385.
     """
@@ -461,9 +462,9 @@ def param_groups(
     `group["lr"] = lr_at(...) * group["lr_scale"]`.
 
     Biases, norms, and class and positional embeddings have no weight decay, as in the official
-    code: parameters of one dimension, and names in _embedding, _token or pos_embed. Decay keeps
-    weight matrices small. These are few numbers that set offsets and scales. Frozen parameters are
-    in no group.
+    code. These are parameters of one dimension, and those whose names end in _embedding, _token or
+    pos_embed. Decay is meant for weight matrices. Biases, norms and embeddings only set offsets and
+    scales. Frozen parameters are in no group.
 
     The model must not be wrapped in DDP or torch.compile, which change the names. `layer_of` is
     layer_id, or a function like it for your model. Returns at most two groups per layer, from the
@@ -508,8 +509,8 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
     with small learning rates, so that the weights settle.
 
     Steps count from 0. Step 0 of a warm-up has 0: it only fills AdamW's averages, as in the
-    official code. The peak comes twice: at the last step of a warm-up of two or more, and at the
-    first step of the cosine. From total_steps on, the result is min_lr. Pass the head's lr and
+    official code. The peak comes twice: at the last step of a warm-up of at least two steps, and at
+    the first step of the cosine. From total_steps on, the result is min_lr. Pass the head's lr and
     min_lr, and multiply the result by a group's "lr_scale".
 
     Source: official utils.py:407-424.
@@ -574,8 +575,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class RandAugment:
     """RandAugment (arXiv 1909.13719) as in the paper: timm's rand-m9-mstd0.5-inc1.
 
-    "inc1" means that no operation becomes weaker as the magnitude grows. Without it, Posterize and
-    Solarize do in timm. All constants below are timm's.
+    "inc1" means that no operation becomes weaker as the magnitude grows. In timm without inc1,
+    Posterize and Solarize become weaker. All constants below are timm's.
 
     Of fifteen operations, num_ops are drawn with replacement. Each is applied with the given
     probability, with a magnitude from N(magnitude, std) clipped to [0, 10]. Rotations, shears,
@@ -722,9 +723,9 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------ data
 #
-# A resumed run must equal one that was never stopped, and a run on one device the same run on
-# eight. So nothing is drawn from a generator whose state would have to be saved. The generators are
-# seeded from a string, and then ordinary random functions are called:
+# A resumed run must equal one that was never stopped, and one device must give the same run as
+# eight, up to rounding. So nothing is drawn from a generator whose state would have to be saved.
+# The generators are seeded from a string, and then ordinary random functions are called:
 #
 #     "sample SEED EPOCH INDEX"   in a loader worker, before an image is cropped and recoloured
 #     "device SEED STEP PLACE"    on a device, before a micro-batch is erased and mixed
@@ -771,31 +772,36 @@ def micro_batch_keys(
         done = 0
 
 
-def device_batches(
-    recipe: Recipe, options: "Options", dataset: Dataset, first_step: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches on its device, from step first_step to the run's end.
+def load_samples(recipe: Recipe, options: "Options", dataset: Dataset, first_step: int) -> Iterator:
+    """Start the loader workers, which give this process's micro-batches from step first_step on.
 
-    Loader workers give uint8 images (N, 3, S, S) and labels (N,). On the device, the images become
-    float32, normalized, erased, and mixed if MixUp or CutMix is on. Mixed labels are probabilities
-    (N, num_classes). Drop path draws from the generators in the forward pass that follows, so each
-    micro-batch must be used before the next is taken.
-
-    One DataLoader serves the whole run, since the epoch is a part of the key.
+    They give uint8 images (N, 3, S, S) and labels (N,). One DataLoader serves the whole run, since
+    the epoch is a part of the key.
     """
     rank, world = rank_and_world()
-    micro = options.micro_batch_size
-    keys = micro_batch_keys(recipe, micro, first_step, rank, world)
+    keys = micro_batch_keys(recipe, options.micro_batch_size, first_step, rank, world)
     pin = options.device == "cuda"
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=options.workers, pin_memory=pin)
-    samples = iter(loader)
+    return iter(loader)
+
+
+def device_batches(
+    recipe: Recipe, options: "Options", samples: Iterator, first_step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The micro-batches of load_samples on the device: float32, normalized, erased, perhaps mixed.
+
+    Mixed labels are probabilities (N, num_classes). Drop path draws from the generators in the
+    forward pass that follows, so each micro-batch must be used before the next is taken. To add an
+    augmentation of whole batches, add it here.
+    """
+    rank, world = rank_and_world()
     mixes = []
     if recipe.mixup > 0:
         mixes.append(v2.MixUp(alpha=recipe.mixup, num_classes=recipe.num_classes))
     if recipe.cutmix > 0:
         mixes.append(v2.CutMix(alpha=recipe.cutmix, num_classes=recipe.num_classes))
     for step in range(first_step, recipe.total_steps):
-        for place in range(rank, recipe.batch_size // micro, world):
+        for place in range(rank, recipe.batch_size // options.micro_batch_size, world):
             images, labels = next(samples)
             seed_generators(f"device {recipe.seed} {step} {place}")
             images = normalize(images.to(options.device, non_blocking=True))
@@ -829,7 +835,7 @@ def eval_batches(dataset: Dataset, options: "Options") -> DataLoader:
 # pass and divides the gradients by it before the step. If they overflow, it skips the step and
 # halves the factor: the weights stay, the EMA averages the same weights once more, and the schedule
 # goes on by one step. This happens a few times at the start and occasionally later. It is not an
-# error. A loss that is infinite or NaN is one, and stops the run.
+# error. A loss that is infinite or NaN is one, and stops the run at the next report.
 #
 # Batch and devices. A global batch of 2048 images does not fit into a GPU, so each device computes
 # its part in micro-batches. The losses are means, so the gradient of the batch is the mean of the
@@ -840,7 +846,7 @@ def eval_batches(dataset: Dataset, options: "Options") -> DataLoader:
 # micro-batch size gives other noise. Another number of devices, with the same micro-batch size,
 # does not.
 #
-# Memory. Each trained parameter needs 20 bytes: weight, gradient, AdamW's two averages and the EMA.
+# Memory. Each trained parameter needs 20 bytes: weight, gradient, AdamW's two averages and EMA.
 # A frozen one needs 8. That is 1.7 GB for ViT-B/16 and 6.1 GB for ViT-L/14, whatever the batch. The
 # rest are activations, which grow with the micro-batch. Gradient checkpointing keeps only the input
 # of each block and computes the block a second time in the backward pass.
@@ -859,7 +865,8 @@ def train_step(
     """One optimizer step on one global batch, in `accumulation` micro-batches of equal size.
 
     Each loss is divided by `accumulation`, so that the gradients add up to the gradient of the mean
-    loss over this device's images: one GPU with accumulation 8 makes the same step as eight GPUs.
+    loss over this device's images. DDP then averages over the devices. So one GPU with accumulation
+    8 makes the same step as eight GPUs.
 
     Label smoothing moves a share of the target probability from the label to all classes alike.
     Without it the loss rewards ever larger logits, for wrong labels too. Mixed labels are smoothed
@@ -954,9 +961,10 @@ def train(
 ) -> None:
     """The whole method put together. `state` is last.pt, or {} for a new run.
 
-    The paper reports the epoch with the best EMA top-1, chosen on the images on which it is
-    reported. best.pt has the EMA weights of this epoch. The last epoch's are lower: 84.7 instead of
-    85.7 % for ViT-B/16. `Progress`, in the program, prints, records, saves and resumes.
+    The paper chooses the epoch with the best EMA top-1 on the validation images, and reports it on
+    the same images. So its number is slightly optimistic: the last epoch of ViT-B/16 has 84.7
+    instead of 85.7 %. best.pt has the EMA weights of the best epoch, and of equal ones the last.
+    last.pt has all that is needed to resume. `Progress`, in the program, saves both and prints.
     """
     num_layers = len(classifier.trunk.transformer["resblocks"])
     groups = param_groups(
@@ -980,9 +988,11 @@ def train(
     smoothing = recipe.label_smoothing
     clip_grad = recipe.clip_grad
     eval_every = options.eval_every or recipe.epochs
-    batches = device_batches(recipe, options, train_set, progress.step)
+    # All loader workers start now: a fork beside busy threads may hang.
+    samples = load_samples(recipe, options, train_set, progress.step)
+    batches = device_batches(recipe, options, samples, progress.step)
     val_batches = eval_batches(val_set, options)
-    iter(val_batches)  # starts its workers now, since later a fork among busy threads may hang
+    iter(val_batches)
 
     for step in range(progress.step, recipe.total_steps):
         lr = lr_at(step, recipe.total_steps, recipe.warmup_steps, recipe.lr, recipe.min_lr)
@@ -1015,7 +1025,7 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
     Examples with one device and ViT-B/16 at 224 pixels: 1,500 images give batch size 32, 46 steps
     per epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
     give batch size 32, 3 steps per epoch, lr 6e-4, 167 epochs with 33.4 of warm-up, and an EMA over
-    80 of 501 steps. recipes.md, beside this file, has the experiments behind the rules.
+    80 of 501 steps. benchmarks/README.md has the experiments behind the rules.
     """
     recipe = replace(nearest, **given)
     if not 0 <= recipe.ema_decay < 1:
@@ -1033,13 +1043,13 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
             per_device -= per_device % 8
         recipe.batch_size = devices * per_device
     possible = min(recipe.batch_size, recipe.num_images) // devices * devices
-    if recipe.batch_size != possible:
+    if recipe.batch_size != possible or possible < 1:
         raise UserError(
             f"a batch of {recipe.batch_size} images must be a multiple of {devices} device(s) and "
             f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
         )
 
-    # Learning rate: the default batch keeps the recipe's, also where it is a small one. Such a run
+    # Learning rate: with the default batch, even a small one, lr stays the recipe's. Such a run
     # has few steps, and with a smaller lr it would end near its start. If you choose a batch k
     # times smaller than the default, lr is divided by sqrt(k). It makes k times the steps, and
     # since AdamW divides out the size of a gradient, noise moves the weights by about lr *
@@ -1058,8 +1068,8 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs:g} leaves no epoch: lower it")
 
     # EMA: the recipe's decay averages over about 1 / (1 - decay) = 5,000 steps, 16 % of the run of
-    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. With 5,000 steps its
-    # EMA would still consist mostly of the starting weights.
+    # ViT-B/16 and 27 % of that of ViT-L/14. A shorter run keeps this share. After 500 steps, an
+    # EMA over 5,000 steps would still consist of the starting weights to 90 %.
     if "ema_decay" not in given:
         share = min(1.0, recipe.total_steps / nearest.total_steps)
         recipe.ema_decay = max(0.0, 1 - (1 - nearest.ema_decay) / share)
@@ -1093,7 +1103,8 @@ class Options:
     """Where and how a run is computed. These flags may change when it is resumed.
 
     Results then differ by rounding. Another micro_batch_size, device or compile also draws other
-    noise for erasing, mixing and drop path. data may move, if its images stay the same.
+    noise for erasing, mixing and drop path, and eval_every decides which epochs best.pt is chosen
+    from. data may move, if its images stay the same. Only their number and classes are compared.
     """
 
     data: str = "imagenet"  # folder with train/<class>/* and val/<class>/*
@@ -1207,7 +1218,8 @@ def build_model(
     weights = {}
     if pretrained != "none":
         weights, needed = read_weights(model, pretrained)
-        config["quick_gelu"] = config["quick_gelu"] or needed  # None is unknown
+        if needed is not None or not config["quick_gelu"]:  # None: only the name of the model tells
+            config["quick_gelu"] = needed
     if quick_gelu is not None:
         config["quick_gelu"] = quick_gelu
     if config["quick_gelu"] is None:
@@ -1570,12 +1582,9 @@ def start_process(options: Options) -> None:
         options.device = "cuda" if gpus else "cpu"
     default_amp = "none"
     if options.device == "cuda":
-        if local_rank >= gpus:
-            raise UserError(
-                f"PyTorch sees {gpus} GPU(s), and each process needs one of its own: lower "
-                "--nproc_per_node, or give --device cpu"
-            )
-        torch.cuda.set_device(local_rank)
+        need = "each process needs one of its own: lower --nproc_per_node, or give --device cpu"
+        with explain(f"PyTorch sees {gpus} GPU(s), and {need}"):
+            torch.cuda.set_device(local_rank)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         default_amp = "bf16" if bf16 else "fp16"
     if options.amp == "auto":
@@ -1728,7 +1737,7 @@ def cli() -> int:
     except (UserError, OSError) as error:
         text = str(error)
     except KeyboardInterrupt:
-        text = "stopped: the same command resumes from last.pt, which is at most --save-minutes old"
+        text = "stopped: the same command goes on from the last save of last.pt"
     except torch.OutOfMemoryError:
         text = "the GPU has not enough memory: halve --micro-batch-size, the batch stays the same"
     if os.environ.get("RANK", "0") != "0":

@@ -64,7 +64,8 @@ def main() -> None:
     randaug = ftclip.RandAugment(recipe.randaug) if recipe.randaug > 0 else None
     dataset.transform = ftclip.train_transform(recipe.image_size, recipe.crop_scale, randaug)
 
-    images, labels = next(ftclip.device_batches(recipe, options, dataset, first_step=0))
+    samples = ftclip.load_samples(recipe, options, dataset, first_step=0)
+    images, labels = next(ftclip.device_batches(recipe, options, samples, first_step=0))
     tiles = []
     for image, label in zip(images, labels):
         tiles.append(draw_tile(image, label, dataset.classes))
