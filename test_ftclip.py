@@ -1692,9 +1692,7 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(tiny, data, tmp_path):
     os.killpg(pid, signal.SIGINT)  # a terminal signals the loader's worker too
     assert status_of(pid) == 2
     text = (tmp_path / "log").read_text()
-    assert re.search(
-        r"\nftclip: stopped: the same command goes on from the last save .*\n$", text
-    )
+    assert re.search(r"\nftclip: stopped: the same command goes on from the last save .*\n$", text)
     assert "Traceback" not in text
     assert ftclip.load_checkpoint(tmp_path / "run" / "last.pt")["step"] < 72
 
