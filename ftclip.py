@@ -387,7 +387,7 @@ def freeze(
 
     train_blocks: None trains the whole trunk, and so does a number of all blocks or more. A smaller
     K trains the last K blocks and freezes the rest of the trunk. In the paper, training half of the
-    blocks is nearly as good as training all (Figure 3). 0 is close to linear probing.
+    blocks is nearly as good as training all (Figure 3). 0 is linear probing, and the new norm.
 
     freeze_patch_embed: conv1 stays as it is. The paper freezes it at 224 pixels, where it sees what
     it saw in pretraining, and trains it at larger sizes.
@@ -1057,6 +1057,10 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
     # lose CLIP's features.
     if "batch_size" in given and "lr" not in given:
         recipe.lr = nearest.lr * math.sqrt(min(1.0, recipe.batch_size / default_batch))
+    # With train_blocks 0, a linear probe, there are no features to lose, and the head has far to go
+    # from zero. With 16 times the lr it comes near logistic regression in our few runs.
+    if recipe.train_blocks == 0 and "lr" not in given:
+        recipe.lr *= 16
 
     # Schedule: the recipe's epochs, but at least 500 steps, which the new head needs to learn.
     # Warm-up keeps its share of the epochs.

@@ -350,6 +350,8 @@ def test_what_is_not_given_follows_from_what_is():
     half = of(batch_size=512)
     assert (half.lr, half.min_lr) == pytest.approx((6e-4 / 2, 1e-6))
     assert of(batch_size=512, lr=6e-4).lr == of(batch_size=4096).lr == 6e-4
+    probe = of(train_blocks=0)
+    assert (probe.lr, of(train_blocks=0, lr=1e-3).lr) == (16 * 6e-4, 1e-3)
     assert of(epochs=25).warmup_epochs == 5
     assert of(epochs=25, warmup_epochs=1).warmup_epochs == 1
     one = of(9, batch_size=8, epochs=1, warmup_epochs=0.9)

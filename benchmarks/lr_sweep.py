@@ -2,7 +2,7 @@
 
     python benchmarks/lr_sweep.py runs.jsonl fashion-10 stamps --lr 1.5e-4 3e-4 6e-4 --seeds 1 2 \\
         --flags "--model dinov2_s14.json --pretrained dinov2_s14.pt --no-quick-gelu --image-size 56"
-    python benchmarks/lr_sweep.py runs.jsonl                    # a table of what is there
+    python benchmarks/lr_sweep.py runs.jsonl --picture lr.png   # a table and a picture of them
 
 The folders are DIR-SEED, as benchmarks/few_images.py writes them. Each run has the default length.
 A line of runs.jsonl is a run. Those that it has already are not repeated. `--name` tells runs with
@@ -101,6 +101,32 @@ def table(runs: list[dict]) -> None:
         print(f"{start}| {ema} | {raw} | {best[2]} ({best[0]} of {epoch}) | {lowest} |")
 
 
+def draw(runs: list[dict], picture: Path) -> None:
+    """Last EMA over the learning rate: a dot is a run, a line joins the means of a set."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    results = {}
+    for run in runs:
+        top1 = run["top1"] if "top1" in run else run["curve"][-1][2]
+        results.setdefault((run["name"], run["set"]), {}).setdefault(run["lr"], []).append(top1)
+    for i, ((name, data), by_lr) in enumerate(sorted(results.items())):
+        baseline = by_lr.pop(0.0, [])
+        if not by_lr:
+            continue
+        means = [sum(by_lr[lr]) / len(by_lr[lr]) for lr in sorted(by_lr)]
+        axes.plot(sorted(by_lr), means, "-", color=f"C{i}", label=f"{data}, {name}")
+        for lr, values in by_lr.items():
+            axes.plot([lr] * len(values), values, ".", color=f"C{i}")
+        if baseline:
+            axes.axhline(sum(baseline) / len(baseline), color=f"C{i}", linestyle=":", alpha=0.6)
+    axes.set(xscale="log", xlabel="peak lr of the head", ylabel="EMA top-1 after the last epoch, %")
+    axes.set_title("dotted: logistic regression on the frozen features", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(picture, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,6 +138,7 @@ def main() -> None:
     parser.add_argument("--flags", default="")
     parser.add_argument("--name", default="dinov2-s")
     parser.add_argument("--jobs", type=int, default=CORES)
+    parser.add_argument("--picture", type=Path, help="PNG to write; needs matplotlib")
     args = parser.parse_args()
     runs = []
     if args.runs.exists():
@@ -136,6 +163,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(do, keys))
     table(runs)
+    if args.picture:
+        draw(runs, args.picture)
 
 
 if __name__ == "__main__":
