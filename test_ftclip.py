@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import inspect
 import itertools
 import json
 import math
@@ -65,6 +66,7 @@ CLIP = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
 }
+inspect.getsource = functools.cache(inspect.getsource)  # called twice by each of 200 runs
 torch.set_num_threads(1)  # faster for tiny models, and the second core is for the second process
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
