@@ -665,7 +665,7 @@ def train_transform(
         v2.RandomHorizontalFlip(),
     ]
     if randaug is not None:
-        steps += [v2.ToPILImage(), randaug, v2.PILToTensor()]
+        steps += [TF.to_pil_image, randaug, TF.pil_to_tensor]
     return v2.Compose(steps)
 
 
