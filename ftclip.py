@@ -1142,7 +1142,8 @@ def model_config(model: str | dict) -> dict:
         elif isinstance(model, str):
             import open_clip  # not at the top: it takes seconds, and not each use needs it
 
-            config = open_clip.get_model_config(model) or {}
+            unknown = {"vision_cfg": {"name": "unknown to open_clip"}}
+            config = open_clip.get_model_config(model) or unknown
         config = config.get("model_cfg", config)  # the hub's files have it one level down
         for key, value in config["vision_cfg"].items():
             if key in vision and not isinstance(value, list):  # a ResNet has a list of layers
