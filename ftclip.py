@@ -135,7 +135,7 @@ class Recipe:
     freeze_patch_embed: bool = True  # keep conv1 as it is; default: the nearest run's
 
     # Optimization.
-    lr: float = 6e-4  # peak learning rate of the head; default: the nearest run's
+    lr: float = 6e-4  # peak learning rate of the head; default: the nearest run's or half
     min_lr: float = 1e-6  # learning rate of the head at the end
     layer_decay: float = 0.60  # lr of a layer over that of the next; default: nearest run's
     epochs: int = 50  # passes over the images; default: nearest run's, at least 500 steps
@@ -1023,8 +1023,8 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
     """The recipe of a run: what is given, else that of the nearest run, adjusted for few images.
 
     Examples with one device and ViT-B/16 at 224 pixels: 1,500 images give batch size 32, 46 steps
-    per epoch, lr 6e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
-    give batch size 32, 3 steps per epoch, lr 6e-4, 167 epochs with 33.4 of warm-up, and an EMA over
+    per epoch, lr 3e-4, 50 epochs with 10 of warm-up, and an EMA over 368 of 2,300 steps. 100 images
+    give batch size 32, 3 steps per epoch, lr 3e-4, 167 epochs with 33.4 of warm-up, and an EMA over
     80 of 501 steps. benchmarks/README.md has the experiments behind the rules.
     """
     recipe = replace(nearest, **given)
@@ -1049,18 +1049,21 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
             f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
         )
 
-    # Learning rate: with the default batch, even a small one, lr stays the recipe's. Such a run
-    # has few steps, and with a smaller lr it would end near its start. If you choose a batch k
-    # times smaller than the default, lr is divided by sqrt(k). It makes k times the steps, and
-    # since AdamW divides out the size of a gradient, noise moves the weights by about lr *
-    # sqrt(steps) (arXiv 2205.10287). A larger batch keeps the recipe's lr, since a higher one can
-    # lose CLIP's features.
-    if "batch_size" in given and "lr" not in given:
-        recipe.lr = nearest.lr * math.sqrt(min(1.0, recipe.batch_size / default_batch))
-    # With train_blocks 0, a linear probe, there are no features to lose, and the head has far to go
-    # from zero. With 16 times the lr it comes near logistic regression in our few runs.
-    if recipe.train_blocks == 0 and "lr" not in given:
-        recipe.lr *= 16
+    # Learning rate: with few images, half the recipe's. A small batch has a noisy gradient, and where
+    # we measured, on a model half as wide as ViT-B, four times 6e-4 lost the pretrained features
+    # and half of it cost 1 or 2 points. A wider model loses them at a lower lr. We stay below that.
+    # If you choose a batch k times smaller than the default, lr is divided by sqrt(k). It makes k
+    # times the steps, and since AdamW divides out the size of a gradient, noise moves the weights
+    # by about lr * sqrt(steps) (arXiv 2205.10287). A larger batch keeps the lr.
+    if "lr" not in given:
+        if default_batch < nearest.batch_size:
+            recipe.lr /= 2
+        if "batch_size" in given:
+            recipe.lr *= math.sqrt(min(1.0, recipe.batch_size / default_batch))
+        # With train_blocks 0, a linear probe, there are no features to lose, and the head has far
+        # to go from zero. With 32 times the lr it comes near logistic regression in our few runs.
+        if recipe.train_blocks == 0:
+            recipe.lr *= 32
 
     # Schedule: the recipe's epochs, but at least 500 steps, which the new head needs to learn.
     # Warm-up keeps its share of the epochs.
@@ -1609,12 +1612,12 @@ def print_plan(nearest: Recipe, recipe: Recipe, options: Options, model: CLIPCla
     micro = options.micro_batch_size
     accumulation = recipe.batch_size // (world * micro)
     chain = f"{world} device(s) x {micro} image(s) x {accumulation} micro-batch(es)"
-    log(f"Batch: {recipe.batch_size} images per step = {chain}, {options.device} {options.amp}")
+    log(f"Batch: {recipe.batch_size} images per step = {chain}")
     steps = f"{recipe.epochs} epochs x {recipe.steps_per_epoch:,} steps = {recipe.total_steps:,}"
     log(f"Schedule: {steps} steps, {recipe.warmup_steps:,} of them warm-up")
     log(f"EMA: over about {1 / (1 - recipe.ema_decay):,.0f} steps")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"Model: {trained:,} parameters are trained")
+    log(f"Model: {trained:,} parameters are trained on {options.device}, amp {options.amp}")
     num_layers = model.config["vision_cfg"]["layers"]
     groups = param_groups(model, num_layers, recipe.lr, recipe.layer_decay, recipe.weight_decay)
     for layer, lr in sorted({(group["layer"], group["lr"]) for group in groups}, reverse=True):

@@ -353,17 +353,18 @@ def test_what_is_not_given_follows_from_what_is():
     assert (half.lr, half.min_lr) == pytest.approx((6e-4 / 2, 1e-6))
     assert of(batch_size=512, lr=6e-4).lr == of(batch_size=4096).lr == 6e-4
     probe = of(train_blocks=0)
-    assert (probe.lr, of(train_blocks=0, lr=1e-3).lr) == (16 * 6e-4, 1e-3)
+    assert (probe.lr, of(train_blocks=0, lr=1e-3).lr) == (32 * 6e-4, 1e-3)
+    assert of(1437, train_blocks=0).lr == 32 * 3e-4
     assert of(epochs=25).warmup_epochs == 5
     assert of(epochs=25, warmup_epochs=1).warmup_epochs == 1
     one = of(9, batch_size=8, epochs=1, warmup_epochs=0.9)
     assert (one.total_steps, one.warmup_steps) == (1, 0)  # else its only step would have lr 0
-    # With few images, the batch leaves 32 steps per epoch or has 32 images, at the recipe's lr.
+    # With few images, the batch leaves 32 steps per epoch or has 32 images, at half the lr.
     batches = {65536: 2048, 65535: 1024, 2048: 64, 2047: 32, 40: 32, 5: 5}
     for num_images, batch_size in batches.items():
         recipe = of(num_images)
-        assert (recipe.batch_size, recipe.lr) == (batch_size, 6e-4)
-    assert of(1437, batch_size=8).lr == pytest.approx(6e-4 / 2)  # the default batch has 32
+        assert (recipe.batch_size, recipe.lr) == (batch_size, 6e-4 if batch_size == 2048 else 3e-4)
+    assert of(1437, batch_size=8).lr == pytest.approx(3e-4 / 2)  # the default batch has 32
     assert [of(n).epochs for n in (5, 100, 320, 1437)] == [500, 167, 50, 50]  # 500 steps
     # The EMA's memory is the same share of the run as the recipe's 5,000 of 31,250 steps.
     assert 1 / (1 - of(1437).ema_decay) == pytest.approx(5000 / 31250 * 50 * 44)
@@ -379,7 +380,7 @@ def test_what_is_not_given_follows_from_what_is():
         2048,
     ]
     assert [of(40, devices=n).batch_size for n in (3, 5, 8)] == [24, 30, 32]
-    assert of(40, devices=3).lr == of(devices=6).lr == 6e-4
+    assert (of(40, devices=3).lr, of(devices=6).lr) == (3e-4, 6e-4)
     assert of().freeze_patch_embed and not of(pretrained="none").freeze_patch_embed
     bad = [
         {"batch_size": 6},
@@ -2151,8 +2152,8 @@ TEXTS = {name: (HERE / name).read_text() for name in DOCUMENTS}
 def commands(program: str) -> list[list[str]]:
     """The arguments of each command line of the documents and of ftclip.py's docstring."""
     text = "\n".join([*TEXTS.values(), ftclip.__doc__]).replace("\\\n", " ")
-    shared = re.search(r'^FLAGS="(.*)"$', text, re.MULTILINE)[1]
-    text = text.replace("$FLAGS", shared)
+    for name, value in re.findall(r'^([A-Z]+)="(.*)"$', text, re.MULTILINE):
+        text = text.replace(f"${name}", value)
     found = re.findall(rf"(?:python|torchrun .*) {program} ?([^`#\n|]*)", text)
     return [shlex.split(command) for command in dict.fromkeys(found) if "--help" not in command]
 
@@ -2163,8 +2164,9 @@ def test_commands_in_the_documents_run(reference, tiny, data, tmp_path, monkeypa
     for i, argv in enumerate(commands("ftclip.py")):
         (tmp_path / str(i)).mkdir()
         monkeypatch.chdir(tmp_path / str(i))
-        for name in ("tiny.json", "dinov2_s14.json"):
+        for name in ("tiny.json", "dinov2_s14.json", "vit_96.json", "vit_192.json"):
             shutil.copy(tiny, name)
+        argv = ["32" if word == "128" else word for word in argv]  # a batch of our few images
         _, options = ftclip.parse_flags(argv)
         stand_ins = {options.data: data}
         if options.eval:

@@ -102,28 +102,44 @@ def table(runs: list[dict]) -> None:
 
 
 def draw(runs: list[dict], picture: Path) -> None:
-    """Last EMA over the learning rate: a dot is a run, a line joins the means of a set."""
+    """Last EMA over the learning rate: a line for each set and seed, a panel for each kind of name.
+
+    Sets with fewer than three learning rates are left out.
+    """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     results = {}
+    baselines = {}
     for run in runs:
-        top1 = run["top1"] if "top1" in run else run["curve"][-1][2]
-        results.setdefault((run["name"], run["set"]), {}).setdefault(run["lr"], []).append(top1)
-    for i, ((name, data), by_lr) in enumerate(sorted(results.items())):
-        baseline = by_lr.pop(0.0, [])
-        if not by_lr:
-            continue
-        means = [sum(by_lr[lr]) / len(by_lr[lr]) for lr in sorted(by_lr)]
-        axes.plot(sorted(by_lr), means, "-", color=f"C{i}", label=f"{data}, {name}")
-        for lr, values in by_lr.items():
-            axes.plot([lr] * len(values), values, ".", color=f"C{i}")
-        if baseline:
-            axes.axhline(sum(baseline) / len(baseline), color=f"C{i}", linestyle=":", alpha=0.6)
-    axes.set(xscale="log", xlabel="peak lr of the head", ylabel="EMA top-1 after the last epoch, %")
-    axes.set_title("dotted: logistic regression on the frozen features", fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        key = (run["name"], run["set"])
+        if "top1" in run:
+            baselines.setdefault(key, []).append(run["top1"])
+        else:
+            seeds = results.setdefault(key, {})
+            seeds.setdefault(run["seed"], {})[run["lr"]] = run["curve"][-1][2]
+    results = {key: seeds for key, seeds in results.items() if max(map(len, seeds.values())) > 2}
+    kinds = sorted({name.split("-")[0] for name, _ in results})
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(5 * len(kinds), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for kind, axes in zip(kinds, panels[0]):
+        rates = set()
+        for i, key in enumerate(sorted(key for key in results if key[0].split("-")[0] == kind)):
+            for style, seed in zip(("o-", "s--", "^:"), sorted(results[key])):
+                points = sorted(results[key][seed].items())
+                rates.update(results[key][seed])
+                label = f"{key[1]}, {key[0]}, seed {seed}"
+                axes.plot(*zip(*points), style, color=f"C{i}", label=label, markersize=4)
+            if key in baselines:
+                mean = sum(baselines[key]) / len(baselines[key])
+                axes.axhline(mean, color=f"C{i}", linestyle=":", alpha=0.5)
+        axes.set(xscale="log", xlabel="lr of the head", ylim=(0, 100))
+        axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower left")
+    panels[0][0].set_ylabel("EMA top-1 after the last epoch, %")
+    figure.suptitle("dotted: logistic regression on the frozen features", fontsize=9)
     figure.savefig(picture, dpi=80)
 
 

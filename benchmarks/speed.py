@@ -4,6 +4,7 @@
     python benchmarks/speed.py step                   # images/s of a step of ViT-B/16 at 224
     python benchmarks/speed.py step --old before.py   # and those of another ftclip.py
     python benchmarks/speed.py startup                # what comes before the first step
+    python benchmarks/speed.py memory --model ViT-L-14 --image-size 336   # of a step, counted
 
 `photos` is a folder with train/<class>/*. ftclip's loader gives cropped and augmented bytes and
 leaves normalization and erasing to the device; timm's transform does both itself. One line has
@@ -17,6 +18,10 @@ each in its fastest round. On a GPU it tells the peak memory.
 `startup` lists empty image files, and builds ViT-L/14 from a best.pt of 1.2 GB, both made in a
 temporary folder and in the page cache. Each line is a process of its own: its seconds without the
 imports, and its peak memory with them. It reads /proc, so it needs Linux.
+
+`memory` counts, without a GPU, the bytes of a step in bf16: weights, EMA, gradients and AdamW's
+state, and what the forward pass keeps for the backward pass, for each image and in all (bf16 copies
+of the weights). Buffers of kernels and of CUDA are not in it.
 
 --old takes a file whose FolderDataset, train_transform and RandAugment (`loader`) or build_model
 (`step`) are called as here.
@@ -341,16 +346,43 @@ def startup(count: int) -> None:
                 sys.exit(f"{function.__name__} failed")
 
 
+def memory(model_name: str, image_size: int) -> None:
+    model = ftclip.build_model(model_name, 1000, "none", image_size, freeze_patch_embed=True)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept_bytes(images: int) -> int:
+        """Bytes of the tensors that a forward pass keeps, each storage once."""
+        kept = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so addresses differ
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model(torch.zeros(images, 3, image_size, image_size))
+        return sum(nbytes for nbytes, _ in kept.values())
+
+    one, three = kept_bytes(1), kept_bytes(3)
+    each = (three - one) / 2
+    numbers = [p.numel() * (5 if p.requires_grad else 2) for p in model.parameters()]
+    print(f"{model_name} at {image_size}: {(4 * sum(numbers) + one - each) / 2**30:.1f} GiB")
+    print(f"and {each / 2**20:.0f} MiB for each image of a micro-batch")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("loader", "step", "startup"))
+    parser.add_argument("what", choices=("loader", "step", "startup", "memory"))
     parser.add_argument("--data", default="imagenet", help="folder with train/<class>/*")
     parser.add_argument("--old", help="another ftclip.py to compare with")
     parser.add_argument("--model", choices=tuple(TIMM), default="ViT-B-16")
     count = "images per round (default: 128, for step 8), or files (128,000)"
     parser.add_argument("--count", type=int, help=count)
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="for memory")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--blocks", type=int, help="a model of fewer blocks, only to try step")
     parser.add_argument("--workers", type=int, default=2)
@@ -365,8 +397,10 @@ def main() -> None:
     elif args.what == "step":
         args.count = args.count or 8
         step(args, modules)
-    else:
+    elif args.what == "startup":
         startup(args.count or 128_000)
+    else:
+        memory(args.model, args.image_size)
 
 
 if __name__ == "__main__":
