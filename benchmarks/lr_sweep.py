@@ -113,7 +113,7 @@ def draw(runs: list[dict], picture: Path) -> None:
     for run in runs:
         key = (run["name"], run["set"])
         if "top1" in run:
-            baselines.setdefault(key, []).append(run["top1"])
+            baselines.setdefault(key, {})[run["seed"]] = run["top1"]
         else:
             seeds = results.setdefault(key, {})
             seeds.setdefault(run["seed"], {})[run["lr"]] = run["curve"][-1][2]
@@ -131,8 +131,8 @@ def draw(runs: list[dict], picture: Path) -> None:
                 label = f"{key[1]}, {key[0]}, seed {seed}"
                 axes.plot(*zip(*points), style, color=f"C{i}", label=label, markersize=4)
             if key in baselines:
-                mean = sum(baselines[key]) / len(baselines[key])
-                axes.axhline(mean, color=f"C{i}", linestyle=":", alpha=0.5)
+                tops = [baselines[key][seed] for seed in results[key] if seed in baselines[key]]
+                axes.axhline(sum(tops) / len(tops), color=f"C{i}", linestyle=":", alpha=0.5)
         axes.set(xscale="log", xlabel="lr of the head", ylim=(0, 100))
         axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], fontsize=8)
         axes.minorticks_off()
