@@ -110,8 +110,8 @@ from torchvision.transforms import v2
 # remembers the starting weights. After ten epochs both have 82 %. The EMA is best after thirty of
 # the fifty epochs, with 85.7 %.
 #
-# With few images, the batch is smaller, the EMA shorter and, if needed, the run longer. The part
-# "few images" says how.
+# With few images, the batch is smaller, the lr half as large, the EMA shorter and, if needed, the
+# run longer. The part "few images" says how.
 
 # ------------------------------------------------------------------------------------ recipe
 
