@@ -1050,8 +1050,8 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
         )
 
     # Learning rate: with few images, half the recipe's. On a model half as wide as ViT-B, four
-    # times 6e-4 lost the pretrained features, and half of it cost 0.4 to 4.2 points. A wider model
-    # seems to lose them at a lower lr, so half is the safer side.
+    # times 6e-4 lost the pretrained features on two of three sets, and half of it cost 0.4 to 4.2
+    # points. A wider model seems to want a lower lr, so half is the safer side.
     # If you choose a batch k times smaller than the default, lr is divided by sqrt(k). It makes k
     # times the steps, and since AdamW divides out the size of a gradient, noise moves the weights
     # by about lr * sqrt(steps) (arXiv 2205.10287). A larger batch keeps the lr.
