@@ -128,7 +128,7 @@ def draw(runs: list[dict], picture: Path) -> None:
             for style, seed in zip(("o-", "s--", "^:"), sorted(results[key])):
                 points = sorted(results[key][seed].items())
                 rates.update(results[key][seed])
-                label = f"{key[1]}, {key[0]}, seed {seed}"
+                label = f"{key[1]}, {key[0]}" if seed == min(results[key]) else None
                 axes.plot(*zip(*points), style, color=f"C{i}", label=label, markersize=4)
             if key in baselines:
                 tops = [baselines[key][seed] for seed in results[key] if seed in baselines[key]]
@@ -139,7 +139,8 @@ def draw(runs: list[dict], picture: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower left")
     panels[0][0].set_ylabel("EMA top-1 after the last epoch, %")
-    figure.suptitle("dotted: logistic regression on the frozen features", fontsize=9)
+    title = "solid: first seed, dashed: second; dotted: logistic regression on the frozen features"
+    figure.suptitle(title, fontsize=9)
     figure.savefig(picture, dpi=80)
 
 
