@@ -1049,9 +1049,9 @@ def resolve(nearest: Recipe, given: dict, devices: int = 1) -> Recipe:
             f"at most {recipe.num_images}, such as {possible}: change --batch-size or the devices"
         )
 
-    # Learning rate: with few images, half the recipe's. On a model half as wide as ViT-B, 3e-4 and
-    # 6e-4 were equally good in ten pairs of runs, but 2.4e-3 lost the pretrained features on two of
-    # three sets. A wider model seems to want a lower lr, so half is the safer side.
+    # Learning rate: with few images, half the recipe's. On a model half as wide as ViT-B, ten pairs
+    # of runs showed no difference between 3e-4 and 6e-4, but 2.4e-3 lost the pretrained features on
+    # two of three sets. A wider model seems to want a lower lr, so half is the safer side.
     # If you choose a batch k times smaller than the default, lr is divided by sqrt(k). It makes k
     # times the steps, and since AdamW divides out the size of a gradient, noise moves the weights
     # by about lr * sqrt(steps) (arXiv 2205.10287). A larger batch keeps the lr.
